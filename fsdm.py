@@ -1,0 +1,813 @@
+"""Few-shot diffusion: give it a few images of something it has never seen, and it makes new images of that thing.
+
+    support images --set encoder--> context;   noisy target, time, context --DiT--> the clean target
+
+In training every image of a set is the target once and its context is made from the others (leave-one-out), so that
+one batch of sets trains generation from a handful of images; classes are split, never images, so that what is shown
+as "unseen" was never trained on. The method is that of Giannone, Nielsen and Winther, "Few-Shot Diffusion Models"
+(2022), with the DiT denoiser of Peebles and Xie (2022).
+
+This file is the whole method and has no side effects when imported:
+config -> data -> transformer parts -> set encoders -> denoiser -> diffusion -> model -> samplers -> checkpoint reader.
+
+Letters inside formulas: B sets, K images in a set, n targets per set, G groups of context tokens, C, H, W a picture,
+N tokens of one picture, D width, T diffusion steps, t a time, x0 a clean picture in [-1, 1], x_t a noisy one.
+"""
+import dataclasses
+import hashlib
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import nn
+from torchvision import datasets
+
+
+# ---- Configuration: everything that decides the shape and the meaning of the weights; saved in every checkpoint.
+
+@dataclass(frozen=True)
+class Config:
+    image_size: int = 32                    # pixels a side; sources are cropped square and resized to it
+    in_channels: int = 3                    # 1 grey, 3 RGB
+    sample_size: int = 6                    # images per training set; each is generated from the others
+    patch_size: int = 2                     # pixels a side of one token
+    hidden_size: int = 384                  # width of the DiT
+    depth: int = 12                         # blocks of the DiT
+    num_heads: int = 6                      # attention heads
+    mlp_ratio: float = 4.0                  # width of the DiT's MLP over hidden_size
+    depthwise_conv: bool = False            # a 3x3 depthwise convolution on the token grid before every DiT block
+    encoder: str = "stacked"                # a key of ENCODERS: what reads the support
+    encoder_depth: int = 6                  # blocks of the set encoder
+    encoder_patch_size: int = 2             # pixels a side of one context token
+    hdim: int = 384                         # width of the set encoder and of the context
+    mode_conditioning: str = "film"         # film: a context vector; lag: and every block attends to context tokens
+    context_dropout: float = 0.0            # share of targets trained on the null context (guidance needs some)
+    vary_support: bool = False              # train each target on 1 .. sample_size - 1 of the others, not on all
+    diffusion_steps: int = 250              # T
+    schedule: str = "linear"                # linear | cosine: how alpha_bar falls with t
+    prediction: str = "noise"               # noise | v: what the network's output means
+
+    def __post_init__(self):
+        """Raises ValueError with one sentence that names the field when the values contradict each other."""
+        def need(ok, sentence):
+            if not ok:
+                raise ValueError(sentence)
+        for name in ("image_size", "in_channels", "patch_size", "encoder_patch_size", "hidden_size",
+                     "depth", "num_heads", "hdim"):
+            need(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("patch_size", "encoder_patch_size"):
+            need(self.image_size % getattr(self, name) == 0,
+                 f"{name} {getattr(self, name)} does not divide image_size {self.image_size}")
+        need(self.hidden_size % self.num_heads == 0,
+             f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
+        need(self.encoder in ENCODERS, f"encoder '{self.encoder}': expected one of {sorted(ENCODERS)}")
+        need(self.mode_conditioning in ("film", "lag"),
+             f"mode_conditioning '{self.mode_conditioning}': expected film or lag")
+        need(self.schedule in SCHEDULES, f"schedule '{self.schedule}': expected one of {sorted(SCHEDULES)}")
+        need(self.prediction in ("noise", "v"), f"prediction '{self.prediction}': expected noise or v")
+        need(self.encoder == "none" or self.sample_size >= 2,
+             f"sample_size {self.sample_size}: at least 2, since each image is generated from the others")
+        need(0 <= self.context_dropout < 1, f"context_dropout {self.context_dropout}: expected 0 <= p < 1")
+        need(2 <= self.diffusion_steps <= 100_000, f"diffusion_steps {self.diffusion_steps}: expected 2 .. 100000")
+
+
+FEW_SHOT = dict(encoder="image", mode_conditioning="lag", context_dropout=0.1, vary_support=True,
+                depthwise_conv=True, schedule="cosine", prediction="v")
+PRESETS = {
+    # learns something worth seeing in 15 minutes on two CPU cores
+    "demo": dict(FEW_SHOT, image_size=24, patch_size=4, hidden_size=192, depth=6, num_heads=3,
+                 encoder_depth=2, encoder_patch_size=8, hdim=192),
+    # the documents' reference configuration, exactly: 43,509,900 parameters
+    "reference": dict(),
+    # the documents' wide and shallow configuration: 37,739,262 parameters
+    "wide": dict(hidden_size=450, depth=6, num_heads=9, hdim=450),
+    # our recommendation for one T4
+    "t4": dict(FEW_SHOT, hidden_size=384, depth=8, num_heads=6, encoder_depth=4, encoder_patch_size=4, hdim=384),
+}
+
+
+# ---- Randomness has an address: (seed, stream, step, rank), so that a resumed run repeats nothing and saves nothing.
+
+def rng(device, seed, *address):
+    """A torch.Generator on `device`, a function of the whole numbers `seed` and `address` only."""
+    # torch's CPU generator reads 32 bits of a seed; SeedSequence mixes all the numbers into them
+    state = np.random.SeedSequence([seed, *address]).generate_state(2, np.uint32)
+    return torch.Generator(device).manual_seed(int(state[0]) << (0 if str(device) == "cpu" else 31) | int(state[1]) >> 1)
+
+
+# ---- Data: one uint8 tensor per split on the training device, images sorted by class; a batch of sets is an index.
+
+class Split(NamedTuple):
+    images: torch.Tensor                    # uint8 [M, C, H, W], all images of class 0, then of class 1, ...
+    offsets: torch.Tensor                   # int64 [classes + 1], class c is images[offsets[c]:offsets[c + 1]]
+    names: list                             # [classes]
+    largest: int                            # images in the largest class
+
+    def to(self, device):
+        return self._replace(images=self.images.to(device), offsets=self.offsets.to(device))
+
+
+def make_split(images, labels, names, keep):
+    """images uint8 [M, C, H, W], int labels [M], names of all classes, keep = the labels of this split -> Split."""
+    parts = [images[np.flatnonzero(labels == c)] for c in keep]
+    sizes = [len(part) for part in parts]
+    return Split(torch.from_numpy(np.concatenate(parts or [images[:0]])),
+                 torch.tensor([0, *np.cumsum(sizes, dtype=np.int64)]), [names[c] for c in keep], max(sizes, default=0))
+
+
+def draw_sets(split, sets, size, generator):
+    """-> int64 [sets, size], a class drawn for each set and `size` different images of it, indices into images."""
+    device, counts = split.images.device, split.offsets.diff()
+    classes = torch.randint(len(counts), (sets,), generator=generator, device=device)
+    keys = torch.rand(sets, split.largest, generator=generator, device=device)
+    keys = keys.masked_fill(torch.arange(split.largest, device=device) >= counts[classes, None], -1)
+    return split.offsets[classes, None] + keys.topk(size).indices
+
+
+def split_by_name(names):
+    """Class names -> {"train": labels, "val": ..., "test": ...}: 70/10/20 percent in the order of the names' SHA-1."""
+    order = sorted(range(len(names)), key=lambda c: hashlib.sha1(str(names[c]).encode()).digest())
+    if len(names) < 3:
+        raise ValueError(f"{len(names)} class(es) found: at least 3 are needed, one each to train, validate and test")
+    test, val = max(1, len(names) // 5), max(1, len(names) // 10)
+    return {"train": sorted(order[test + val:]), "val": sorted(order[test:test + val]), "test": sorted(order[:test])}
+
+
+# FC100: whole superclasses of CIFAR-100 are held out (Oreshkin et al. 2018), so that no test class has a near relative
+FC100_TEST = """beaver dolphin otter seal whale  bee beetle butterfly caterpillar cockroach
+                fox porcupine possum raccoon skunk  baby boy girl man woman""".split()
+FC100_VAL = """bear leopard lion tiger wolf  camel cattle chimpanzee elephant kangaroo
+               crab lobster snail spider worm  hamster mouse rabbit shrew squirrel""".split()
+
+
+def split_fc100(names):
+    return {"train": [c for c, name in enumerate(names) if name not in FC100_TEST + FC100_VAL],
+            "val": [c for c, name in enumerate(names) if name in FC100_VAL],
+            "test": [c for c, name in enumerate(names) if name in FC100_TEST]}
+
+
+def split_background(evaluation):
+    """Omniglot's rule: the last 10 percent of the background classes validate, the evaluation classes test."""
+    background = np.flatnonzero(~evaluation)
+    val = math.ceil(len(background) / 10)
+    return {"train": background[:-val], "val": background[-val:], "test": np.flatnonzero(evaluation)}
+
+
+def to_picture(image, size, channels):
+    """A PIL image of any mode and size -> uint8 [C, size, size]: upright, on white, centre-cropped, antialiased."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):                       # 16-bit grey: PIL would clip it, not scale it
+        wide = np.asarray(image, np.float32)
+        image = Image.fromarray((wide / max(wide.max(), 255) * 255).round().astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+
+
+def to_size(images, size, channels):
+    """uint8 array [M, H, W] or [M, H, W, C] -> uint8 [M, channels, size, size]."""
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.ndim == 4 and images.shape[3] not in (1, 3):
+        raise ValueError(f"images are {images.dtype} {images.shape}: expected uint8 [M, H, W] or [M, H, W, 1 or 3]")
+    if images.ndim == 4 and images.shape[3] == 1:
+        images = images[..., 0]
+    if images.ndim == 3 and channels == 3:
+        images = np.repeat(images[..., None], 3, axis=3)
+    if images.shape[1:] in ((size, size), (size, size, 3)) and images.shape[3:] == ((3,) if channels == 3 else ()):
+        return np.ascontiguousarray(images.reshape(len(images), size, size, channels).transpose(0, 3, 1, 2))
+    return np.stack([to_picture(Image.fromarray(image), size, channels) for image in images])
+
+
+def glyphs(path, size, channels, download, classes=(1000, 100, 100), per_class=20, seed=0):
+    """Invented characters, nothing downloaded: every class a few curved strokes in its own ink and paper colours,
+    every image of it drawn again with its own jitter, slant, scale, pen width and colour shift."""
+    g, count = rng("cpu", seed, 71), sum(classes)
+    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(*shape, generator=g)
+    # a class: two to four strokes between the nodes of a 3 x 3 lattice, each bent sideways, in [-1, 1] x [-1, 1]
+    nodes = torch.cartesian_prod(torch.tensor([-0.55, 0.0, 0.55]), torch.tensor([-0.6, 0.0, 0.6]))
+    ends = torch.rand(count, 4, 9, generator=g).topk(2).indices                     # [count, strokes, 2]
+    start, end = (nodes[ends] + uniform(-0.12, 0.12, count, 4, 2, 2)).unbind(2)     # [count, strokes, 2]
+    aside = (end - start).flip(-1) * torch.tensor([1.0, -1.0]) * uniform(-0.6, 0.6, count, 4, 1)
+    strokes = torch.stack([start, (start + end) / 2 + aside, end], 2)               # [count, strokes, 3, 2]
+    missing = torch.arange(4) >= torch.randint(2, 5, (count, 1), generator=g)
+    strokes = torch.where(missing[..., None, None], strokes[:, :1], strokes)        # a missing one repeats the first
+    # of 32 pairs of colours, the first whose brightness differs enough to be read
+    pairs = torch.rand(count, 32, 2, 3, generator=g)
+    contrast = (pairs @ torch.tensor([0.30, 0.59, 0.11])).diff(dim=2).abs()[..., 0]
+    ink, paper = pairs[torch.arange(count), (contrast > 0.4).int().argmax(1)].unbind(1)
+
+    def draw(c):                                                                    # class -> uint8 [per_class, 3, H, W]
+        m, normal = per_class, lambda scale, *shape: scale * torch.randn(*shape, generator=g)
+        points = strokes[c] + normal(0.035, m, 4, 1, 2) + normal(0.025, m, 4, 3, 2)
+        u = torch.linspace(0, 1, 32)[:, None]                                       # quadratic Bezier curves
+        curve = torch.cat([(1 - u) ** 2, 2 * u * (1 - u), u ** 2], 1) @ points      # [m, 4, 32, 2]
+        angle, slant, zoom = normal(0.07, m), normal(0.12, m), 1 + normal(0.07, m)
+        cos, sin = zoom * angle.cos(), zoom * angle.sin()
+        turn = torch.stack([cos, cos * slant - sin, sin, sin * slant + cos], 1).view(m, 2, 2)
+        curve = (curve.view(m, -1, 2) @ turn.mT + normal(0.04, m, 1, 2)) * (size / 2)   # in pixels from the centre
+        axis = torch.arange(size) + 0.5 - size / 2
+        pixels = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).flip(-1).view(1, -1, 2)
+        distance = torch.cdist(pixels.expand(m, -1, -1), curve).amin(2)             # [m, H * W]
+        pen = size / 32 * 1.6 * (1 + normal(0.12, m, 1)).clamp(0.6)
+        cover = (pen - distance + 0.5).clamp(0, 1)[:, None]                         # antialiased, [m, 1, H * W]
+        tint = normal(0.025, m, 2, 3, 1)
+        colour = cover * (ink[c, :, None] + tint[:, 0]) + (1 - cover) * (paper[c, :, None] + tint[:, 1])
+        return (colour.clamp(0, 1) * 255).round().byte().view(m, 3, size, size)
+
+    images = torch.cat([draw(c) for c in range(count)])
+    if channels == 1:
+        images = images.float().mean(1, keepdim=True).round().byte()
+    bounds = np.cumsum((0, *classes))
+    keep = {name: range(bounds[i], bounds[i + 1]) for i, name in enumerate(("train", "val", "test"))}
+    return images.numpy(), np.repeat(np.arange(count), per_class), [f"glyph{c:04d}" for c in range(count)], keep
+
+
+def cifar100(path, size, channels, download):
+    """torchvision's CIFAR-100, train and test files together (600 images a class), split as FC100."""
+    files = [datasets.CIFAR100(path, train, download=download) for train in (True, False)]
+    images, labels = np.concatenate([f.data for f in files]), np.concatenate([f.targets for f in files])
+    return to_size(images, size, channels), labels, files[0].classes, split_fc100(files[0].classes)
+
+
+def omniglot(path, size, channels, download):
+    """torchvision's Omniglot: background alphabets train (the last 97 characters validate), evaluation tests."""
+    files = [datasets.Omniglot(path, background, download=download) for background in (True, False)]
+    images = np.stack([to_picture(ImageOps.invert(image), size, channels) for f in files for image, _ in f])
+    labels = np.array([label + i * len(files[0]._characters) for i, f in enumerate(files)
+                       for _, label in f._flat_character_images])
+    names = [name for f in files for name in f._characters]
+    return images, labels, names, split_background(np.arange(len(names)) >= len(files[0]._characters))
+
+
+def mnist(path, size, channels, download):
+    """torchvision's MNIST, train and test files together; the ten digits are split like any folder."""
+    files = [datasets.MNIST(path, train, download=download) for train in (True, False)]
+    images, labels = np.concatenate([f.data for f in files]), np.concatenate([f.targets for f in files])
+    return to_size(images, size, channels), labels, files[0].classes, split_by_name(files[0].classes)
+
+
+def celeba(path, size, channels, download):
+    """torchvision's CelebA: a class is an identity with at least 20 images; identities sorted, 70/10/20 percent."""
+    data = datasets.CelebA(path, "all", target_type="identity", download=download)
+    identity, counts = data.identity[:, 0].numpy(), data.identity.unique(return_counts=True)
+    names = [int(i) for i, count in zip(*counts) if count >= 20]
+    rows = np.flatnonzero(np.isin(identity, names))
+    images = np.stack([to_picture(data[i][0], size, channels) for i in rows])
+    a, b = int(len(names) * 0.7), int(len(names) * 0.8)
+    keep = {"train": range(a), "val": range(a, b), "test": range(b, len(names))}
+    return images, np.searchsorted(names, identity[rows]), [str(name) for name in names], keep
+
+
+IMAGE_ENDINGS = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+
+
+def folder(path, size, channels, download):
+    """A folder of class folders, with train/ val/ test/ inside or split by class name; unreadable files are named."""
+    root, parts = Path(path), ("train", "val", "test")
+    split = all((root / part).is_dir() for part in parts)
+    found = [d for part in parts for d in sorted((root / part).iterdir())] if split else sorted(root.iterdir())
+    found = [d for d in found if d.is_dir() and not d.name.startswith(".")]
+    images, labels, names, bad = [], [], [], []
+    for d in found:
+        files = sorted(f for f in d.rglob("*") if f.suffix.lower() in IMAGE_ENDINGS and not f.name.startswith("."))
+        before = len(images)
+        for f in files:
+            try:
+                images.append(to_picture(Image.open(f), size, channels))
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                bad.append(f"{f.name} ({error})")
+        if len(images) == before:
+            raise ValueError(f"class folder '{d}' holds no readable image: add images to it or remove it")
+        labels += [len(names)] * (len(images) - before)
+        names.append(f"{d.parent.name}/{d.name}" if split else d.name)
+    if bad:
+        print(f"{path}: {len(bad)} unreadable files left out: {', '.join(bad[:3])}{', ...' if bad[3:] else ''}")
+    keep = ({part: [c for c, name in enumerate(names) if name.startswith(part + "/")] for part in parts}
+            if split else split_by_name(names))
+    return np.stack(images), np.array(labels), names, keep
+
+
+def npz(path, size, channels, download):
+    """`images` uint8 [M, H, W(, C)] and `labels`; split by `class_is_evaluation`, as FC100, or by class name."""
+    with np.load(path, allow_pickle=False) as file:
+        missing = {"images", "labels"} - set(file)
+        if missing:
+            raise ValueError(f"{path} has no array named {sorted(missing)}: it holds {sorted(file)}")
+        images, labels = file["images"], file["labels"]
+        names = [str(n) for n in file["class_names"]] if "class_names" in file else [str(c) for c in np.unique(labels)]
+        evaluation = file["class_is_evaluation"] if "class_is_evaluation" in file else None
+    _, labels = np.unique(labels, return_inverse=True)
+    keep = (split_background(evaluation) if evaluation is not None
+            else split_fc100(names) if set(FC100_TEST) <= set(names) else split_by_name(names))
+    return to_size(images, size, channels), labels, names, keep
+
+
+DATASETS = {"glyphs": glyphs, "cifar100": cifar100, "omniglot": omniglot, "mnist": mnist, "celeba": celeba}
+
+
+def load_data(dataset, data_dir, size, channels, download=False):
+    """-> {"train": Split, "val": Split, "test": Split} on the CPU, classes disjoint.
+
+    dataset: a key of DATASETS (files under `data_dir`), a folder of class folders, or an .npz.
+    Raises ValueError or OSError with a sentence when there is nothing to load."""
+    source, path = DATASETS.get(dataset), data_dir
+    if source is None:
+        source, path = (folder if os.path.isdir(dataset) else npz if dataset.endswith(".npz") else None), dataset
+    if source is None:
+        raise ValueError(f"dataset '{dataset}': expected one of {sorted(DATASETS)}, a folder of class folders, "
+                         "or an .npz with images and labels")
+    try:
+        images, labels, names, keep = source(path, size, channels, download)
+    except RuntimeError as error:                                               # torchvision's way to say "no files"
+        raise OSError(f"{dataset}: {error} (--download fetches it, --data_dir says where it is)") from None
+    return {name: make_split(images, labels, names, keep[name]) for name in ("train", "val", "test")}
+
+
+def check_data(data, sample_size, splits=("train", "val")):
+    """Raises ValueError when one of `splits` has no class, or a class with fewer than `sample_size` images."""
+    for name in splits:
+        if not data[name].names:
+            raise ValueError(f"the data set has no {name} classes: they are split by class, and it needs more of them")
+        fewest, c = data[name].offsets.diff().min(0)
+        if fewest < sample_size:
+            raise ValueError(f"class '{data[name].names[c]}' has {fewest} images, and a set takes {sample_size} "
+                             "different ones: add images, or lower --sample_size")
+
+
+# ---- Transformer parts.
+
+def attend(q, k, v, mask=None):
+    """q [B, N, heads, d], k and v [B, M, heads, d], mask bool [B, 1, N, M] (True: may look) -> [B, N, heads * d]."""
+    d = q.shape[-1]
+    # in fp16 a T4 has a fast kernel for multiples of 8 only; zeros change no product, and the scale stays d^-1/2
+    q, k, v = (F.pad(h, (0, -d % 8)).transpose(1, 2) if d % 8 else h.transpose(1, 2) for h in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=d ** -0.5)
+    return out[..., :d].transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x):                                                       # [B, N, D]
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)      # [B, N, heads, d] each
+        return self.out(attend(q, k, v))                                        # [B, N, D]
+
+
+class CrossAttention(nn.Module):
+    """Queries from the image being generated; keys and values, made once per set, from its context tokens."""
+    def __init__(self, width, heads, context_width):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(context_width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def keys_values(self, tokens):                                              # [B, M, context width]
+        return self.kv(tokens).unflatten(-1, (2, self.heads, -1)).unbind(2)     # [B, M, heads, d] each
+
+    def forward(self, x, keys_values, mask):                                    # [B, n * N, D]
+        return self.out(attend(self.q(x).unflatten(-1, (self.heads, -1)), *keys_values, mask))
+
+
+def mlp(width, hidden):
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+
+
+def modulate(x, shift, scale):
+    """[B, N, D] by [B, D]: the adaptive part of adaptive layer normalisation."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def patchify(x, p):
+    """[B, C, H, W] -> [B, N, p * p * C], tokens row by row."""
+    return F.pixel_unshuffle(x, p).flatten(2).mT
+
+
+def unpatchify(x, p):
+    """[B, N, p * p * C] -> [B, C, H, W], the inverse of patchify for square images."""
+    side = math.isqrt(x.shape[1])
+    return F.pixel_shuffle(x.mT.unflatten(2, (side, side)), p)
+
+
+def timestep_embedding(t, width=256):
+    """t [B] in 0 .. 1000 -> [B, width]: cosines and sines at geometric frequencies (DDPM; Vaswani et al. 2017)."""
+    frequency = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
+    angle = t[:, None].float() * frequency
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+def position_table(tokens, width):
+    """-> [tokens, width], the start of a learned table: sines and cosines of row and column on one 16 x 16 map,
+    whatever the patch size, so that a target's patch finds the same place in the support from the first step on."""
+    if width % 4:
+        return torch.randn(tokens, width) * 0.02
+    side = math.isqrt(tokens)
+    frequency = 100.0 ** -torch.linspace(0, 1, width // 4)
+    angle = (torch.arange(side) + 0.5)[:, None] * (16 / side) * frequency           # [side, width / 4]
+    one = torch.cat([angle.sin(), angle.cos()], 1)                                  # [side, width / 2]
+    return torch.cat([one[:, None].expand(-1, side, -1), one.expand(side, -1, -1)], 2).flatten(0, 1)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block, for the set encoders."""
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), SelfAttention(width, heads)
+        self.norm2, self.mlp = nn.LayerNorm(width), mlp(width, 4 * width)
+
+    def forward(self, x):                                                       # [B, N, D]
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class DiTBlock(nn.Module):
+    """A DiT block (Peebles and Xie 2022): the condition c shifts, scales and gates each branch; all gates start at
+    zero (adaLN-Zero). Under lag a third branch, between the two, looks at the context tokens. A depthwise convolution
+    in front (Chu et al. 2021) lets neighbouring patches meet from the first step on."""
+    def __init__(self, width, heads, mlp_width, context_width=None, depthwise_conv=False):
+        super().__init__()
+        branches = 2 if context_width is None else 3
+        self.norm1, self.attention = nn.LayerNorm(width), SelfAttention(width, heads)
+        if context_width is not None:
+            self.norm_cross, self.cross = nn.LayerNorm(width), CrossAttention(width, heads, context_width)
+        self.norm2, self.mlp = nn.LayerNorm(width), mlp(width, mlp_width)
+        self.ada = nn.Linear(width, 3 * branches * width)
+        if depthwise_conv:
+            self.local = nn.Conv2d(width, width, 3, padding=1, groups=width)
+            nn.init.zeros_(self.local.weight)
+
+    def forward(self, x, c, keys_values=None, mask=None):       # x [B * n, N, D], c [B * n, D]
+        if hasattr(self, "local"):
+            side = math.isqrt(x.shape[1])
+            x = x + self.local(x.mT.unflatten(2, (side, side))).flatten(2).mT
+        ada = self.ada(c)[:, None].chunk(self.ada.out_features // x.shape[2], dim=2)    # [B * n, 1, D] each
+        x = x + ada[2] * self.attention(self.norm1(x) * (1 + ada[1]) + ada[0])
+        if keys_values is not None:
+            h = self.norm_cross(x) * (1 + ada[7]) + ada[6]
+            h = h.unflatten(0, (keys_values[0].shape[0], -1)).flatten(1, 2)             # [B, n * N, D]
+            x = x + ada[8] * self.cross(h, keys_values, mask).view(x.shape)
+        return x + ada[5] * self.mlp(self.norm2(x) * (1 + ada[4]) + ada[3])             # [B * n, N, D]
+
+
+# ---- Set encoders: images of a set, and who may see whom, -> context. `sees` is bool [B, n, K]: target i is
+# generated from image j. In training the targets are the images themselves, and no target sees itself.
+
+class StackedEncoder(nn.Module):
+    """The documents' sViT: the images of a set stacked on channels, so the order matters and `sample_size` is the
+    most it can read. Every target needs its own pass; the images it sees fill the first slots, zeros the others."""
+    def __init__(self, config):
+        super().__init__()
+        self.slots, self.patch = config.sample_size, config.encoder_patch_size
+        tokens = (config.image_size // self.patch) ** 2
+        self.embed = nn.Linear(self.patch ** 2 * config.in_channels * self.slots, config.hdim)
+        self.pos = nn.Parameter(torch.cat([torch.randn(1, config.hdim) * 0.02,  # the CLS token comes first
+                                           position_table(tokens, config.hdim)]))
+        heads = math.gcd(config.hdim, config.num_heads)
+        self.blocks = nn.ModuleList(Block(config.hdim, heads) for _ in range(config.encoder_depth))
+        self.norm = nn.LayerNorm(config.hdim)
+
+    def forward(self, images, sees):                                            # [B, K, C, H, W], [B, n, K]
+        B, n, K = sees.shape
+        first = sees.byte().argsort(dim=2, descending=True, stable=True)        # [B, n, K]: the seen ones come first
+        chosen = images[torch.arange(B, device=images.device)[:, None, None], first]        # [B, n, K, C, H, W]
+        chosen = chosen * sees.gather(2, first)[..., None, None, None]
+        chosen = F.pad(chosen, (0, 0) * 3 + (0, self.slots - K))                # [B, n, slots, C, H, W]
+        x = self.embed(patchify(chosen.flatten(2, 3).flatten(0, 1), self.patch))            # [B * n, N, D]
+        x = torch.cat([torch.zeros_like(x[:, :1]), x], 1) + self.pos            # [B * n, 1 + N, D]
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x).unflatten(0, (B, n))                                   # [B, n, 1 + N, D]
+        only_own = torch.eye(n, dtype=torch.bool, device=sees.device) & sees.any(2, keepdim=True)
+        return x[:, :, 0], x[:, :, 1:], only_own                                # [B, n, D], [B, n, N, D], [B, n, n]
+
+
+class ImageEncoder(nn.Module):
+    """Reads each image by itself, once, whoever will look at it: the order never matters, any number of images
+    works, and leaving a target out is a mask. The vector is the mean over the seen images, not over places."""
+    def __init__(self, config):
+        super().__init__()
+        self.patch = config.encoder_patch_size
+        tokens = (config.image_size // self.patch) ** 2
+        self.embed = nn.Linear(self.patch ** 2 * config.in_channels, config.hdim)
+        self.pos = nn.Parameter(position_table(tokens, config.hdim))
+        heads = math.gcd(config.hdim, config.num_heads)
+        self.blocks = nn.ModuleList(Block(config.hdim, heads) for _ in range(config.encoder_depth))
+        self.norm = nn.LayerNorm(config.hdim)
+
+    def forward(self, images, sees):                                            # [B, K, C, H, W], [B, n, K]
+        x = self.embed(patchify(images.flatten(0, 1), self.patch)) + self.pos   # [B * K, N, D]
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x).unflatten(0, images.shape[:2])                         # [B, K, N, D]
+        share = sees / sees.sum(2, keepdim=True).clamp(min=1)                   # [B, n, K]
+        return share.to(x.dtype) @ x.mean(2), x, sees                           # [B, n, D], [B, K, N, D], [B, n, K]
+
+
+ENCODERS = {"stacked": StackedEncoder, "image": ImageEncoder, "none": None}
+
+
+# ---- Denoiser.
+
+class Context(NamedTuple):
+    """What a DiT is told about the support of B sets with n targets each."""
+    vector: torch.Tensor                    # [B, n, hdim]
+    keys_values: list                       # for each block ([B, M, heads, d], [B, M, heads, d]); empty under film
+    mask: torch.Tensor                      # bool [B, n, M]: which of the M tokens a target may look at
+
+
+class DiT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D, self.patch = config.hidden_size, config.patch_size
+        pixels = self.patch ** 2 * config.in_channels
+        self.embed = nn.Linear(pixels, D, bias=False)
+        self.pos = nn.Parameter(position_table((config.image_size // self.patch) ** 2, D))
+        self.time = nn.Sequential(nn.Linear(256, D, bias=False), nn.SiLU(), nn.Linear(D, D, bias=False))
+        self.time_scale = 1000 / config.diffusion_steps
+        self.project = nn.Linear(config.hdim, D) if config.encoder != "none" else None
+        context_width = config.hdim if config.encoder != "none" and config.mode_conditioning == "lag" else None
+        self.blocks = nn.ModuleList(
+            DiTBlock(D, config.num_heads, int(D * config.mlp_ratio), context_width, config.depthwise_conv)
+            for _ in range(config.depth))
+        self.norm, self.ada, self.out = nn.LayerNorm(D), nn.Linear(D, 2 * D), nn.Linear(D, pixels)
+
+    def keys_values(self, tokens):
+        """Context tokens [B, M, hdim] -> the keys and values of every block, the same at every time: made once."""
+        return [block.cross.keys_values(tokens) for block in self.blocks if hasattr(block, "cross")]
+
+    def forward(self, x, t, context=None):
+        """x [B, n, C, H, W] noisy images, t int [B, n], their context -> [B, n, C, H, W], noise or v."""
+        B, n, N = *x.shape[:2], len(self.pos)
+        c = self.time(timestep_embedding(t.flatten() * self.time_scale))        # [B * n, D]
+        mask, keys_values = None, [None] * len(self.blocks)
+        if context is not None:
+            c = c + self.project(context.vector.flatten(0, 1))
+            if context.keys_values:
+                keys_values = context.keys_values
+                mask = context.mask[:, :, None].expand(-1, -1, N, -1).flatten(1, 2)[:, None]    # [B, 1, n * N, M]
+        c = F.silu(c)
+        x = self.embed(patchify(x.flatten(0, 1), self.patch)) + self.pos        # [B * n, N, D]
+        for block, kv in zip(self.blocks, keys_values):
+            x = block(x, c, kv, mask)
+        shift, scale = self.ada(c).chunk(2, dim=1)
+        x = self.out(modulate(self.norm(x), shift, scale))                      # [B * n, N, p * p * C]
+        return unpatchify(x, self.patch).unflatten(0, (B, n))                   # [B, n, C, H, W]
+
+
+# ---- Diffusion: x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise, t = 0 .. T - 1   (DDPM eq. 4)
+
+def linear_schedule(T):
+    """beta from 1e-4 to 2e-2 at T = 1000, scaled by 1000 / T so that the last step is pure noise at every T."""
+    # unscaled, T = 250 would end at alpha_bar = 0.08, and sampling from N(0, I) could never be right
+    beta = torch.linspace(1e-4, 2e-2, T, dtype=torch.float64) * (1000 / T)
+    return (1 - beta.clamp(max=0.999)).cumprod(0)
+
+
+def cosine_schedule(T):
+    """Nichol and Dhariwal 2021, eq. 17, at the middles of T equal steps: neither end is quite 0 or 1."""
+    u = (torch.arange(T, dtype=torch.float64) + 0.5) / T
+    return ((u + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+
+
+SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
+
+
+def leave_one_out(sets, size, generator, vary=False, dropout=0.0):
+    """-> bool [sets, size, size]: target i sees image j; never itself; all False: the null context.
+
+    vary: each target sees 1 .. size - 1 of the others, half the time all of them; dropout: the share that sees none."""
+    device = generator.device
+    keys = torch.rand(sets, size, size, generator=generator, device=device)
+    keys = keys + 2 * torch.eye(size, device=device)                            # the target itself comes last
+    count = torch.randint(1, 2 * size - 1, (sets, size, 1), generator=generator, device=device).clamp(max=size - 1)
+    if not vary:
+        count = torch.full_like(count, size - 1)
+    dropped = torch.rand(sets, size, 1, generator=generator, device=device) < dropout
+    return (keys.argsort(2).argsort(2) < count) & ~dropped
+
+
+def to_signal(images):
+    """uint8 0 .. 255 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_bytes(x):
+    """float in [-1, 1] -> uint8, rounded (cutting off would darken every image by half a level)."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+# ---- The model: a set encoder and a denoiser, tied together by the diffusion.
+
+class FSDM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        make = ENCODERS[config.encoder]
+        self.encoder = make(config) if make else None
+        self.dit = DiT(config)
+        if make and config.context_dropout:
+            self.null = nn.Parameter(torch.randn(config.hdim) * 0.02)           # the null context: no support at all
+        self.register_buffer("alpha_bar", SCHEDULES[config.schedule](config.diffusion_steps), persistent=False)
+        self.initialise()
+
+    def initialise(self):
+        """DiT's: Xavier for matrices, small normals for embeddings, zeros where a branch or the output begins."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for layer in (self.dit.time[0], self.dit.time[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for layer in [block.ada for block in self.dit.blocks] + [self.dit.ada, self.dit.out]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def read(self, images, sees):
+        """Images [B, K, C, H, W] in [-1, 1] and who sees whom, bool [B, n, K] -> Context, or None without encoder."""
+        if self.encoder is None:
+            return None
+        vector, tokens, looks = self.encoder(images, sees)                      # [B, n, D], [B, G, N, D], [B, n, G]
+        mask = looks.repeat_interleave(tokens.shape[2], dim=2)                  # [B, n, G * N]
+        tokens = tokens.flatten(1, 2)                                           # [B, G * N, D]
+        if hasattr(self, "null"):
+            nothing = ~sees.any(2, keepdim=True)                                # [B, n, 1]
+            vector = torch.where(nothing, self.null.to(vector.dtype), vector)
+            tokens = torch.cat([self.null.to(tokens.dtype).expand(len(tokens), 1, -1), tokens], 1)
+            mask = torch.cat([nothing, mask], 2)
+        return Context(vector, self.dit.keys_values(tokens), mask)
+
+    def forward(self, images, sees, t, noise, support=None):
+        """The training loss: uint8 [B, K, C, H, W], bool [B, K, K], int [B, K], noise like the images -> [B, K],
+        the squared error of every image's prediction, float32. All randomness comes in, so it compiles whole.
+        support: other images to read the context from, to see what it is worth; None: the images themselves."""
+        x0 = to_signal(images)
+        a = self.alpha_bar[t][..., None, None, None].float()
+        x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise                            # DDPM eq. 4
+        context = self.read(x0 if support is None else to_signal(support), sees)
+        out = self.dit(x_t, t, context).float()                                # [B, K, C, H, W]
+        target = noise if self.config.prediction == "noise" else a.sqrt() * noise - (1 - a).sqrt() * x0
+        return (out - target).square().mean((2, 3, 4))                          # DDPM eq. 14; Salimans and Ho 2022
+
+    def denoise(self, x, t, context, guidance=1.0):
+        """x [B, n, C, H, W] at the time t (one int) -> the predicted x0, clipped to [-1, 1], float32.
+
+        With guidance s != 1 the context must hold 2n targets, the second n under the null context:
+        out = out_null + s (out_context - out_null)   (Ho and Salimans 2022)"""
+        both = x if guidance == 1 else torch.cat([x, x], 1)
+        times = torch.full(both.shape[:2], t, device=x.device)
+        out = self.dit(both, times, context).float()
+        if guidance != 1:
+            given, null = out.chunk(2, dim=1)
+            out = null + guidance * (given - null)
+        a = float(self.alpha_bar[t])
+        x0 = ((x - (1 - a) ** 0.5 * out) / a ** 0.5 if self.config.prediction == "noise"
+              else a ** 0.5 * x - (1 - a) ** 0.5 * out)
+        return x0.clamp(-1, 1)
+
+
+# ---- Samplers. Each step reads its successor from the list of kept times.
+
+def spaced_times(T, steps):
+    """`steps` different times from T - 1 down to 0, evenly spaced."""
+    return torch.linspace(T - 1, 0, min(steps, T)).round().long().tolist()
+
+
+def log_snr_times(alpha_bar, steps):
+    """At most `steps` different times from T - 1 down to 0, evenly spaced in log(alpha / sigma)."""
+    log_snr = (alpha_bar / (1 - alpha_bar)).log() / 2
+    wanted = torch.linspace(log_snr[-1], log_snr[0], min(steps, len(alpha_bar)), dtype=torch.float64)
+    return sorted({int((log_snr - w).abs().argmin()) for w in wanted}, reverse=True)
+
+
+def ddim(denoise, x, alpha_bar, steps, draw, eta=0.0):
+    """DDIM (Song et al. 2021, eq. 12 and 16); eta = 1 is DDPM's ancestral sampling with its smaller variance."""
+    times = spaced_times(len(alpha_bar), steps)
+    for t, a, a_next in zip(times, alpha_bar[times].tolist(), alpha_bar[times[1:]].tolist() + [1.0]):
+        x0 = denoise(x, t)
+        noise = (x - a ** 0.5 * x0) / (1 - a) ** 0.5                            # consistent with the clipped x0
+        sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5        # 0 in the last step
+        x = a_next ** 0.5 * x0 + max(1 - a_next - sigma ** 2, 0) ** 0.5 * noise
+        if sigma > 0:
+            x = x + sigma * draw()
+    return x
+
+
+def ddpm(denoise, x, alpha_bar, steps, draw):
+    """Ancestral sampling (Ho et al. 2020, algorithm 2)."""
+    return ddim(denoise, x, alpha_bar, steps, draw, eta=1.0)
+
+
+def dpm_solver(denoise, x, alpha_bar, steps, draw):
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), evenly spaced in log-SNR; the last step returns x0."""
+    times = log_snr_times(alpha_bar, steps)
+    alpha, sigma = alpha_bar[times].sqrt(), (1 - alpha_bar[times]).sqrt()
+    h = (alpha / sigma).log().diff().tolist()
+    alpha, sigma, before = alpha.tolist(), sigma.tolist(), None
+    for i, t in enumerate(times):
+        x0 = denoise(x, t)
+        if i == len(times) - 1:
+            return x0
+        ahead = x0 if before is None else x0 + (x0 - before) * (h[i] / h[i - 1] / 2)
+        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * math.expm1(-h[i]) * ahead
+        before = x0
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "2m": dpm_solver}
+
+
+@torch.no_grad()
+def sample(model, support, n, sampler="2m", steps=20, guidance=1.0, seed=0, first=0, **options):
+    """Generates n images under each of B support sets.
+
+    support: uint8 [B, K, C, H, W], on the model's device (K = 0 works for a model without encoder)
+    first: the number of the first image; image i has its own seed (seed, i), whatever the batch
+    -> uint8 [B, n, C, H, W]. Raises ValueError when the model cannot read so many images or has no null context."""
+    B, K = support.shape[:2]
+    if isinstance(model.encoder, StackedEncoder) and K > model.encoder.slots - 1:
+        raise ValueError(f"{K} support images: this model was trained to read {model.encoder.slots - 1} at most")
+    if model.encoder is not None and guidance != 1 and not hasattr(model, "null"):
+        raise ValueError(f"guidance {guidance}: this model was trained without context dropout, only 1 works")
+    guidance = guidance if model.encoder is not None else 1.0
+    sees = torch.ones(B, n, K, dtype=torch.bool, device=support.device)
+    if guidance != 1:
+        sees = torch.cat([sees, torch.zeros_like(sees)], 1)
+    context = model.read(to_signal(support), sees)                              # once per set, not once per step
+    generators = [rng("cpu", seed, SAMPLING, first + i) for i in range(B * n)]
+    shape = support.shape[2:]
+
+    def draw():
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        return noise.view(B, n, *shape).to(support.device)
+
+    denoise = lambda x, t: model.denoise(x, t, context, guidance)
+    x = SAMPLERS[sampler](denoise, draw(), model.alpha_bar.cpu(), steps, draw, **options)
+    return to_bytes(x)
+
+
+SAMPLING = 1                                # the stream of sampling noise; train.py has its own
+
+
+# ---- Checkpoints, and what the machine is good at.
+
+def load_model(path, device="cpu", weights="ema"):
+    """The only reader of checkpoints: path -> an FSDM in eval mode on `device`, with its Config as model.config.
+
+    weights: "ema", the moving average, or "raw", the last step's. Executes nothing in the file (weights_only).
+    Raises OSError when there is no file and ValueError when it is not one of ours."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        config = Config(**saved["config"])
+        with torch.device("meta"):                                              # no memory before the shapes agree
+            model = FSDM(config)
+        state = saved["ema" if weights == "ema" else "model"]
+        model.load_state_dict(state, strict=True, assign=True)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is not a checkpoint of this program: {str(error).splitlines()[0]}") from None
+    model.alpha_bar = SCHEDULES[config.schedule](config.diffusion_steps)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def choose_device(requested="auto"):
+    return torch.device(requested if requested != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_precision(device, requested="auto"):
+    """-> (dtype to multiply in, the reason in words). requested: auto, fp32, bf16 or fp16."""
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if requested != "auto":
+        return names[requested], "as asked for"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        # a T4 (7.5) holds bf16 numbers but computes them in software
+        dtype = torch.bfloat16 if major >= 8 else torch.float16
+        return dtype, f"compute capability {major}.{minor}"
+    if device.type == "cpu":
+        rate = {dtype: matmul_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+        return (torch.bfloat16 if rate[torch.bfloat16] > 1.5 * rate[torch.float32] else torch.float32,
+                "this CPU multiplies {:,.0f} GFLOP/s in fp32, {:,.0f} in bf16".format(*(r / 1e9 for r in rate.values())))
+    return torch.float32, f"the safe choice on {device.type}"
+
+
+def matmul_rate(device, dtype, size=1024):
+    """-> FLOP/s of the best of five square matrix products."""
+    a, best = torch.ones(size, size, device=device, dtype=dtype), math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()                                                    # .item() waits for the product
+        best = min(best, time.perf_counter() - began)
+    return 2 * size ** 3 / best

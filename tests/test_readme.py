@@ -1,0 +1,36 @@
+"""Every command in README is one that the programs understand."""
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent.parent
+sys.path.insert(0, str(HERE))
+import fid
+import sample
+import train
+
+TEXT = (HERE / "README.md").read_text()
+COMMANDS = [line.strip() for block in re.findall(r"^```\w*\n(.*?)^```", TEXT, re.M | re.S)
+            for line in block.replace("\\\n", " ").splitlines() if re.search(r"\b(train|sample|fid)\.py\b", line)]
+
+
+def test_there_are_commands_to_check():
+    assert {name for command in COMMANDS for name in re.findall(r"(\w+)\.py", command)} >= {"train", "sample", "fid"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_parses(command):
+    for part in re.split(r"&&|\|", command.split("#")[0]):
+        words = shlex.split(part)
+        for program in (train, sample, fid):
+            name = f"{program.__name__}.py"
+            if name in words:
+                program.parse_args(words[words.index(name) + 1:])
+
+
+def test_every_file_that_the_readme_shows_is_here():
+    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)|\]\((?!http)([^)#]+)\)", TEXT):
+        assert (HERE / (path[0] or path[1])).exists(), path

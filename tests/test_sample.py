@@ -1,0 +1,146 @@
+"""Claims about the sampling program and the few-shot evaluation."""
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import fid
+import fsdm
+import sample
+
+HERE = Path(__file__).parent.parent
+CONFIG = fsdm.Config(image_size=8, patch_size=4, encoder_patch_size=4, sample_size=4, hidden_size=24, hdim=24, depth=2,
+                     num_heads=3, encoder_depth=1, encoder="image", mode_conditioning="lag", context_dropout=0.1)
+
+
+@pytest.fixture(scope="session")
+def ckpt(tmp_path_factory):
+    torch.manual_seed(0)
+    model = fsdm.FSDM(CONFIG)
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.2)
+    path = tmp_path_factory.mktemp("ckpt") / "ckpt.pt"
+    torch.save(dict(config=dataclasses.asdict(CONFIG), model=model.state_dict(), ema=model.state_dict()), path)
+    return str(path)
+
+
+def pictures(root):
+    """Five files of one thing, of different sizes and modes."""
+    root.mkdir(exist_ok=True)
+    red = Image.new("RGB", (40, 30), (200, 30, 30))
+    red.save(root / "a.png")
+    red.resize((64, 64)).save(root / "b ü.JPG")
+    red.convert("L").save(root / "grey.png")
+    red.convert("RGBA").save(root / "alpha.png")
+    exif = red.getexif()
+    exif[0x0112] = 6
+    red.save(root / "turned.jpg", exif=exif)
+    return [str(root / name) for name in ("a.png", "b ü.JPG", "grey.png", "alpha.png", "turned.jpg")]
+
+
+def test_support_files_of_any_kind_become_images(ckpt, tmp_path):
+    sample.main(["--ckpt", ckpt, "--support", *pictures(tmp_path / "in"), "--num", "3", "--steps", "3",
+                 "--out_dir", str(tmp_path / "out"), "--guidance", "1.5"])
+    saved = np.load(tmp_path / "out" / "samples.npz", allow_pickle=False)["arr_0"]
+    assert saved.shape == (3, 8, 8, 3) and saved.dtype == np.uint8
+    for i in range(3):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / f"{i:05d}.png")), saved[i])
+    assert Image.open(tmp_path / "out" / "grid.png").size == ((5 + 3) * 18 + 8, 18)
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_sets_of_a_data_set_carry_their_labels(ckpt, tmp_path):
+    sample.main(["--ckpt", ckpt, "--dataset", "glyphs", "--split", "test", "--sets", "3", "--num", "2", "--steps", "2",
+                 "--sampler", "ddim", "--eta", "0.5", "--out_dir", str(tmp_path)])
+    saved = np.load(tmp_path / "samples.npz", allow_pickle=False)
+    assert saved["arr_0"].shape == (6, 8, 8, 3) and len(saved["labels"]) == 6
+    assert saved["labels"][0] == saved["labels"][1] != saved["labels"][2]
+
+
+def test_the_grid_shows_the_support_left_of_the_bar():
+    support = torch.full((2, 3, 1, 4, 4), 50, dtype=torch.uint8)
+    samples = torch.full((2, 5, 1, 4, 4), 200, dtype=torch.uint8)
+    picture = np.asarray(sample.grid(support, samples, scale=1, gap=4))
+    left, bar, right = picture[:, :18], picture[:, 18:22], picture[:, 22:]
+    assert picture.shape == (12, 52, 3) and (bar == 0).all()
+    assert set(np.unique(left)) == {50, 255} and set(np.unique(right)) == {200, 255}
+
+
+def test_the_questions_are_fair():
+    """No reference or other image is a support image; the same seed asks the same; each class answers in turn."""
+    labels = np.repeat(np.arange(7), 20)
+    split = fsdm.make_split(np.zeros((140, 3, 8, 8), np.uint8), labels, list("abcdefg"), range(7))
+    questions = sample.draw_questions(split, 5, 35, seed=3)
+    support, reference, other = (set(q.flatten().tolist()) for q in questions)
+    assert len(support) == len(reference) == len(other) == 35
+    assert not support & reference and not support & other and not reference & other
+    for rows in questions:
+        assert all(len(set(labels[row])) == 1 for row in rows)
+    assert sorted(labels[questions[0][:, 0]]) == list(range(7))             # 35 / 5 sets, every class once
+    assert all(torch.equal(a, b) for a, b in zip(questions, sample.draw_questions(split, 5, 35, seed=3)))
+    assert not torch.equal(questions[0], sample.draw_questions(split, 5, 35, seed=4)[0])
+    shared = sample.draw_questions(split, 5, 35, seed=3, shared_pool=True)
+    assert set(shared[1].flatten().tolist()) & set(shared[0].flatten().tolist())
+    assert len(sample.draw_questions(split, 2, 1000, seed=0)[0]) == 14      # as many as 20 images a class allow
+    with pytest.raises(ValueError, match="24 images"):
+        sample.draw_questions(split, 6, 12, seed=0)
+
+
+def random_inception(path, dims):
+    """A weights file of the right shape whose features differ from image to image."""
+    torch.manual_seed(0)
+    torch.save(fid.Inception(dims).state_dict(), path)
+    return str(path)
+
+
+def test_the_evaluation_tells_the_ends_of_the_scale_apart(ckpt, tmp_path, capsys):
+    weights = random_inception(tmp_path / "w.pth", 64)
+    sample.main(["--ckpt", ckpt, "--dataset", "glyphs", "--evaluate", "--num", "24", "--k", "3", "--steps", "2",
+                 "--fid_weights", weights, "--fid_dims", "64", "--out_dir", str(tmp_path)])
+    report = json.load(open(tmp_path / "scores.json"))
+    for split in ("train", "test"):
+        rows = report[split]
+        assert rows["images"] == 24 and rows["support returned"]["nearest_support"] < 1e-3
+        assert rows["other real images"]["nearest_support"] > 0 and rows["generated"]["nearest_support"] > 0
+        assert rows["other real images"]["kid"] < rows["generated"]["kid"]  # this model was never trained
+    assert report["recipe"]["seed"] == 0 and report["recipe"]["k"] == 3 and report["recipe"]["steps"] == 2
+    assert report["recipe"]["protocol"] == "references disjoint from supports"
+    assert "unseen classes" in capsys.readouterr().out
+
+
+BAD = [
+    (["--support", "{d}/text.png"], "text.png"), (["--support", "{d}/nothing.png"], "nothing.png"),
+    (["--support", "{d}/a.png", "--sampler", "2m", "--eta", "1"], "--eta"), ([], "either --support"),
+    (["--support", "{d}/a.png", "--num", "0"], "at least 1"), (["--dataset", "imagenet"], "imagenet"),
+    (["--support", "{d}/a.png", "--evaluate"], "--dataset"), (["--dataset", "glyphs", "--k", "21"], "21 different"),
+    (["--ckpt", "{d}/nothing.pt", "--support", "{d}/a.png"], "nothing.pt"),
+    (["--ckpt", "{d}/a.png", "--support", "{d}/a.png"], "not a checkpoint"),
+]
+
+
+@pytest.mark.parametrize("flags, word", BAD)
+def test_bad_input_is_one_sentence_and_writes_nothing(ckpt, tmp_path, capsys, flags, word):
+    pictures(tmp_path)
+    (tmp_path / "text.png").write_text("no image")
+    flags = [flag.format(d=tmp_path) for flag in flags]
+    with pytest.raises((ValueError, OSError, SystemExit)) as error:
+        sample.main(["--ckpt", ckpt, "--out_dir", str(tmp_path / "out"), *flags])
+    assert word in (capsys.readouterr().err if error.type is SystemExit else str(error.value))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", (["sample.py", "--ckpt", "nothing.pt", "--support", "a.png"],
+                                     ["train.py", "--dataset", "nothing", "--device", "cpu"]))
+def test_the_programs_end_with_one_sentence_and_code_2(command, tmp_path):
+    done = subprocess.run([sys.executable, HERE / command[0], *command[1:]], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 2 and "nothing" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,206 @@
+"""Claims about the training program, on a model that trains in seconds."""
+import copy
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import fsdm
+import train
+
+SMALL = """--image_size 8 --patch_size 4 --encoder_patch_size 4 --hidden_size 32 --hdim 32 --depth 2 --num_heads 2
+    --encoder_depth 1 --sample_size 4 --diffusion_steps 50 --batch_size 4 --log_interval 2
+    --save_interval 4 --num_eval_batches 2 --precision fp32 --device cpu --no_compile""".split()
+
+
+@pytest.fixture(scope="session")
+def glyph_file(tmp_path_factory):
+    images, labels, names, _ = fsdm.glyphs(None, 8, 3, False, classes=(10, 3, 3), per_class=8)
+    path = tmp_path_factory.mktemp("data") / "glyphs.npz"
+    np.savez(path, images=images.transpose(0, 2, 3, 1), labels=labels, class_names=names)
+    return str(path)
+
+
+def run(glyph_file, out, *flags):
+    train.main([*SMALL, "--dataset", glyph_file, "--out_dir", str(out), *flags])
+    return torch.load(Path(out) / "ckpt.pt", weights_only=True)
+
+
+def same(a, b):
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+@pytest.mark.parametrize("flags", (["--mode_conditioning", "lag"], ["--mode_conditioning", "film", "--encoder", "none"],
+                                   ["--encoder", "stacked", "--optimizer", "adamw", "--precision", "bf16"]))
+def test_a_resumed_run_equals_one_that_never_stopped(glyph_file, tmp_path, flags):
+    straight = run(glyph_file, tmp_path / "a", "--max_steps", "8", *flags)
+    run(glyph_file, tmp_path / "b", "--max_steps", "5", *flags)             # ends between two saves
+    with open(tmp_path / "b" / "log.jsonl", "a") as log:                    # a line that outlived its checkpoint
+        log.write(json.dumps(dict(step=6, loss=0.0)) + "\n")
+    resumed = run(glyph_file, tmp_path / "b", "--max_steps", "8", *flags)
+    assert straight["step"] == 8 and same(straight, resumed)
+    losses = [[r["loss"] for r in map(json.loads, open(tmp_path / d / "log.jsonl")) if r.get("loss") and r["step"] != 6]
+              for d in "ab"]
+    assert losses[0][:2] == losses[1][:2] and losses[0][-1] == losses[1][-1]
+
+
+def test_a_run_leaves_what_it_says(glyph_file, tmp_path, capsys):
+    run(glyph_file, tmp_path, "--max_steps", "4")
+    said = capsys.readouterr().out
+    assert "fp32 (as asked for)" not in said and "float32 (as asked for), eager (as asked for)" in said
+    records = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    assert [r["step"] for r in records] == [2, 4, 4] and "context_gain" in records[-1]
+    picture = Image.open(tmp_path / "samples_0000004.png")
+    assert picture.size == ((3 + 8) * (8 * 2 + 2) + 8, 8 * (8 * 2 + 2))     # 3 support images | 8 samples, 8 sets
+    assert fsdm.load_model(tmp_path / "ckpt.pt").config.hidden_size == 32
+
+
+def test_max_hours_ends_with_a_checkpoint(glyph_file, tmp_path):
+    assert run(glyph_file, tmp_path, "--max_hours", "0.006")["step"] < 300_000
+
+
+def test_a_few_hundred_steps_on_two_classes_lower_the_loss():
+    images, labels, names, _ = fsdm.glyphs(None, 8, 3, False, classes=(2, 0, 0), per_class=20)
+    split = fsdm.make_split(images, labels, names, [0, 1])
+    _, config = train.parse_args(SMALL)
+    torch.manual_seed(0)
+    model, losses = fsdm.FSDM(config), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for step in range(200):
+        loss = model(*train.draw_batch(split, 4, config, fsdm.rng("cpu", 0, step), True, 0.1)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:5])
+
+
+def test_the_context_gain_is_zero_when_the_context_is_ignored_and_not_otherwise(glyph_file):
+    args, config = train.parse_args([*SMALL, "--dataset", glyph_file])
+    split = fsdm.load_data(glyph_file, None, 8, 3)["train"]
+    torch.manual_seed(0)
+    model = fsdm.FSDM(config).eval()                                        # its gates are closed: nothing gets through
+    assert train.validate(model, split, args, torch.float32)["context_gain"] == 0
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.2)
+    first, second = (train.validate(model, split, args, torch.float32) for _ in range(2))
+    assert first["context_gain"] != 0 and first == second                   # and its noise is always the same
+
+
+def test_the_average_never_holds_on_to_the_random_initialisation():
+    model = torch.nn.Linear(2, 2)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    torch.nn.init.constant_(model.weight, 7.0)
+    for step in range(1, 201):
+        train.update_ema(ema, model, step, 0.9999)
+    assert (ema.weight - 7).abs().max() < 1e-6
+
+
+def test_every_matrix_of_the_blocks_is_muons_and_nothing_is_left_out():
+    args, config = train.parse_args(SMALL)
+    model = fsdm.FSDM(config)
+    optimizers = train.make_optimizers(model, "muon", 1e-3, 0.01, torch.device("cpu"))
+    ids = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters())
+    assert all(p.ndim == 2 for p in optimizers[0].param_groups[0]["params"])
+
+
+def test_max_steps_0_prints_the_table(capsys):
+    train.main(["--preset", "reference", "--max_steps", "0"])
+    said = capsys.readouterr().out
+    assert all(number in said for number in ("43,509,900", "32,735,628", "10,774,272", "31,938,048", "147,840"))
+
+
+@pytest.mark.parametrize("capability, dtype, compiled", [((7, 5), torch.float16, True), ((8, 0), torch.bfloat16, True),
+                                                         ((9, 0), torch.bfloat16, True), ((6, 0), torch.float16, False)])
+def test_precision_and_compilation_follow_the_compute_capability(monkeypatch, capability, dtype, compiled):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert fsdm.choose_precision(torch.device("cuda"))[0] == dtype
+    assert train.choose_compile(torch.device("cuda"), False)[0] == compiled
+
+
+@pytest.mark.parametrize("rates, dtype", [((100e9, 400e9), torch.bfloat16), ((100e9, 90e9), torch.float32)])
+def test_a_cpu_uses_bf16_only_where_it_is_faster(monkeypatch, rates, dtype):
+    rates = dict(zip((torch.float32, torch.bfloat16), rates))
+    monkeypatch.setattr(fsdm, "matmul_rate", lambda device, dtype: rates[dtype])
+    assert fsdm.choose_precision(torch.device("cpu"))[0] == dtype
+
+
+def test_the_step_compiles_as_one_graph_and_agrees_with_eager():
+    _, config = train.parse_args(SMALL)
+    torch.manual_seed(0)
+    model, data = fsdm.FSDM(config), fsdm.glyphs(None, 8, 3, False, classes=(3, 0, 0), per_class=8)
+    split = fsdm.make_split(*data[:3], [0, 1, 2])
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.2)
+    batch = train.draw_batch(split, 2, config, fsdm.rng("cpu", 0), True, 0.1)
+    eager = model(*batch)
+    names = list(model.state_dict())
+    train.compile_in_place(model, torch.device("cpu"), torch.float32)
+    assert torch.allclose(model(*batch), eager, rtol=1e-4, atol=1e-5) and list(model.state_dict()) == names
+
+
+# ---- Bad input: one sentence, and nothing lost.
+
+def folder_of(root, sizes, files=()):
+    for c, size in enumerate(sizes):
+        (root / f"class{c}").mkdir(parents=True)
+        for i in range(size):
+            Image.new("RGB", (9, 9), (c * 30, i * 9, 0)).save(root / f"class{c}" / f"{i}.png")
+    return str(root)
+
+
+BAD = [
+    (lambda d: ["--dataset", "imagenet"], "imagenet"),
+    (lambda d: ["--dataset", folder_of(d / "empty", [5, 5, 0, 5])], "holds no readable image"),
+    (lambda d: ["--dataset", folder_of(d / "one", [9])], "1 class"),
+    (lambda d: ["--dataset", folder_of(d / "small", [9] * 9), "--sample_size", "10"], "lower --sample_size"),
+    (lambda d: ["--dataset", "cifar100", "--data_dir", str(d)], "not found"),
+    (lambda d: ["--patch_size", "3"], "does not divide"),
+    (lambda d: ["--batch_size", "0"], "at least 1"),
+    (lambda d: ["--vary_support", "perhaps"], "True or False"),
+    (lambda d: ["--dataset", str(d / "no.npz")], "no.npz"),
+]
+
+
+@pytest.mark.parametrize("flags, word", BAD)
+def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, capsys, flags, word):
+    with pytest.raises((ValueError, OSError, RuntimeError, SystemExit)) as error:
+        train.main([*SMALL, "--max_steps", "1", "--out_dir", str(tmp_path / "out"), *flags(tmp_path)])
+    said = capsys.readouterr().err if error.type is SystemExit else str(error.value)
+    assert word in said and not (tmp_path / "out").exists()
+
+
+def test_flags_that_contradict_the_checkpoint_are_named_and_it_stays(glyph_file, tmp_path):
+    run(glyph_file, tmp_path, "--max_steps", "2")
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    with pytest.raises(ValueError, match="--depth 2 .now 3."):
+        run(glyph_file, tmp_path, "--max_steps", "4", "--depth", "3")
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_checkpoint_is_replaced(glyph_file, tmp_path, monkeypatch):
+    run(glyph_file, tmp_path, "--max_steps", "2")
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    forward = fsdm.FSDM.forward
+    monkeypatch.setattr(fsdm.FSDM, "forward", lambda *a, **k: forward(*a, **k) * float("nan"))
+    with pytest.raises(ValueError, match="lower --lr"):
+        run(glyph_file, tmp_path, "--max_steps", "8")
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+def test_missing_inception_weights_are_said_once_and_training_goes_on(glyph_file, tmp_path, capsys):
+    run(glyph_file, tmp_path, "--max_steps", "4", "--compute_fid", "--fid_weights", str(tmp_path / "none.pth"))
+    assert capsys.readouterr().out.count("training without --compute_fid") == 1
