@@ -18,6 +18,8 @@ import hashlib
 import math
 import os
 import time
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -97,9 +99,8 @@ PRESETS = {
 
 def rng(device, seed, *address):
     """A torch.Generator on `device`, a function of the whole numbers `seed` and `address` only."""
-    # torch's CPU generator reads 32 bits of a seed; SeedSequence mixes all the numbers into them
-    state = np.random.SeedSequence([seed, *address]).generate_state(2, np.uint32)
-    return torch.Generator(device).manual_seed(int(state[0]) << (0 if str(device) == "cpu" else 31) | int(state[1]) >> 1)
+    # torch's CPU generator reads 32 bits of a seed; SeedSequence mixes all the numbers into every bit
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(seed, spawn_key=address).generate_state(1)[0]))
 
 
 # ---- Data: one uint8 tensor per split on the training device, images sorted by class; a batch of sets is an index.
@@ -165,7 +166,7 @@ def to_picture(image, size, channels):
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):                       # 16-bit grey: PIL would clip it, not scale it
         wide = np.asarray(image, np.float32)
-        image = Image.fromarray((wide / max(wide.max(), 255) * 255).round().astype(np.uint8))
+        image = Image.fromarray((wide / (257 if wide.max() > 255 else 1)).clip(0, 255).round().astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -240,11 +241,11 @@ def cifar100(path, size, channels, download):
 def omniglot(path, size, channels, download):
     """torchvision's Omniglot: background alphabets train (the last 97 characters validate), evaluation tests."""
     files = [datasets.Omniglot(path, background, download=download) for background in (True, False)]
-    images = np.stack([to_picture(ImageOps.invert(image), size, channels) for f in files for image, _ in f])
-    labels = np.array([label + i * len(files[0]._characters) for i, f in enumerate(files)
-                       for _, label in f._flat_character_images])
-    names = [name for f in files for name in f._characters]
-    return images, labels, names, split_background(np.arange(len(names)) >= len(files[0]._characters))
+    names = [name for f in files for name in sorted(f._characters)]             # torchvision lists them unsorted
+    found = [(image, names.index(f._characters[label])) for f in files for image, label in f]
+    images = np.stack([to_picture(ImageOps.invert(image), size, channels) for image, _ in found])
+    return (images, np.array([label for _, label in found]), names,
+            split_background(np.arange(len(names)) >= len(files[0]._characters)))
 
 
 def mnist(path, size, channels, download):
@@ -297,14 +298,25 @@ def folder(path, size, channels, download):
 
 def npz(path, size, channels, download):
     """`images` uint8 [M, H, W(, C)] and `labels`; split by `class_is_evaluation`, as FC100, or by class name."""
-    with np.load(path, allow_pickle=False) as file:
-        missing = {"images", "labels"} - set(file)
-        if missing:
-            raise ValueError(f"{path} has no array named {sorted(missing)}: it holds {sorted(file)}")
-        images, labels = file["images"], file["labels"]
-        names = [str(n) for n in file["class_names"]] if "class_names" in file else [str(c) for c in np.unique(labels)]
-        evaluation = file["class_is_evaluation"] if "class_is_evaluation" in file else None
-    _, labels = np.unique(labels, return_inverse=True)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("images", "labels", "class_names", "class_is_evaluation")
+                      if name in file}
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read as an .npz of plain arrays: {error}") from None
+    if not {"images", "labels"} <= set(arrays):
+        raise ValueError(f"{path} holds {sorted(arrays)} of what is needed: images and labels")
+    images, labels, evaluation = arrays["images"], arrays["labels"], arrays.get("class_is_evaluation")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"{path} has {labels.shape} labels for {images.shape} images: expected one each")
+    if "class_names" in arrays:                                                 # labels count in it, gaps and all
+        names = [str(name) for name in arrays["class_names"]]
+    else:
+        values, labels = np.unique(labels, return_inverse=True)
+        names = [str(value) for value in values]
+    if labels.dtype.kind not in "iu" or len(labels) and not 0 <= labels.min() <= labels.max() < len(names) \
+            or evaluation is not None and evaluation.shape != (len(names),):
+        raise ValueError(f"{path}: labels, class_names and class_is_evaluation do not fit together")
     keep = (split_background(evaluation) if evaluation is not None
             else split_fc100(names) if set(FC100_TEST) <= set(names) else split_by_name(names))
     return to_size(images, size, channels), labels, names, keep
@@ -339,7 +351,7 @@ def check_data(data, sample_size, splits=("train", "val")):
         fewest, c = data[name].offsets.diff().min(0)
         if fewest < sample_size:
             raise ValueError(f"class '{data[name].names[c]}' has {fewest} images, and a set takes {sample_size} "
-                             "different ones: add images, or lower --sample_size")
+                             "different ones: add images, or ask for fewer (--sample_size; --k of sample.py)")
 
 
 # ---- Transformer parts.
@@ -447,6 +459,7 @@ class DiTBlock(nn.Module):
         if depthwise_conv:
             self.local = nn.Conv2d(width, width, 3, padding=1, groups=width)
             nn.init.zeros_(self.local.weight)
+            nn.init.zeros_(self.local.bias)
 
     def forward(self, x, c, keys_values=None, mask=None):       # x [B * n, N, D], c [B * n, D]
         if hasattr(self, "local"):
@@ -571,13 +584,13 @@ class DiT(nn.Module):
 def linear_schedule(T):
     """beta from 1e-4 to 2e-2 at T = 1000, scaled by 1000 / T so that the last step is pure noise at every T."""
     # unscaled, T = 250 would end at alpha_bar = 0.08, and sampling from N(0, I) could never be right
-    beta = torch.linspace(1e-4, 2e-2, T, dtype=torch.float64) * (1000 / T)
+    beta = torch.linspace(1e-4, 2e-2, T, dtype=torch.float64, device="cpu") * (1000 / T)
     return (1 - beta.clamp(max=0.999)).cumprod(0)
 
 
 def cosine_schedule(T):
     """Nichol and Dhariwal 2021, eq. 17, at the middles of T equal steps: neither end is quite 0 or 1."""
-    u = (torch.arange(T, dtype=torch.float64) + 0.5) / T
+    u = (torch.arange(T, dtype=torch.float64, device="cpu") + 0.5) / T
     return ((u + 0.008) / 1.008 * math.pi / 2).cos() ** 2
 
 
@@ -619,7 +632,8 @@ class FSDM(nn.Module):
         self.dit = DiT(config)
         if make and config.context_dropout:
             self.null = nn.Parameter(torch.randn(config.hdim) * 0.02)           # the null context: no support at all
-        self.register_buffer("alpha_bar", SCHEDULES[config.schedule](config.diffusion_steps), persistent=False)
+        self.schedule = SCHEDULES[config.schedule](config.diffusion_steps)      # float64 [T], on the CPU, for samplers
+        self.register_buffer("alpha_bar", self.schedule.float(), persistent=False)
         self.initialise()
 
     def initialise(self):
@@ -654,7 +668,7 @@ class FSDM(nn.Module):
         the squared error of every image's prediction, float32. All randomness comes in, so it compiles whole.
         support: other images to read the context from, to see what it is worth; None: the images themselves."""
         x0 = to_signal(images)
-        a = self.alpha_bar[t][..., None, None, None].float()
+        a = self.alpha_bar[t][..., None, None, None]                            # [B, K, 1, 1, 1]
         x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise                            # DDPM eq. 4
         context = self.read(x0 if support is None else to_signal(support), sees)
         out = self.dit(x_t, t, context).float()                                # [B, K, C, H, W]
@@ -672,7 +686,7 @@ class FSDM(nn.Module):
         if guidance != 1:
             given, null = out.chunk(2, dim=1)
             out = null + guidance * (given - null)
-        a = float(self.alpha_bar[t])
+        a = float(self.schedule[t])
         x0 = ((x - (1 - a) ** 0.5 * out) / a ** 0.5 if self.config.prediction == "noise"
               else a ** 0.5 * x - (1 - a) ** 0.5 * out)
         return x0.clamp(-1, 1)
@@ -741,10 +755,13 @@ def sample(model, support, n, sampler="2m", steps=20, guidance=1.0, seed=0, firs
     if model.encoder is not None and guidance != 1 and not hasattr(model, "null"):
         raise ValueError(f"guidance {guidance}: this model was trained without context dropout, only 1 works")
     guidance = guidance if model.encoder is not None else 1.0
-    sees = torch.ones(B, n, K, dtype=torch.bool, device=support.device)
+    sees = torch.ones(B, 1, K, dtype=torch.bool, device=support.device)
     if guidance != 1:
-        sees = torch.cat([sees, torch.zeros_like(sees)], 1)
+        sees = torch.cat([sees, torch.zeros_like(sees)], 1)                     # [B, 2, K]: the support, and nothing
     context = model.read(to_signal(support), sees)                              # once per set, not once per step
+    if context is not None:                                                     # the same for all n images
+        context = context._replace(vector=context.vector.repeat_interleave(n, 1),
+                                   mask=context.mask.repeat_interleave(n, 1))
     generators = [rng("cpu", seed, SAMPLING, first + i) for i in range(B * n)]
     shape = support.shape[2:]
 
@@ -753,7 +770,7 @@ def sample(model, support, n, sampler="2m", steps=20, guidance=1.0, seed=0, firs
         return noise.view(B, n, *shape).to(support.device)
 
     denoise = lambda x, t: model.denoise(x, t, context, guidance)
-    x = SAMPLERS[sampler](denoise, draw(), model.alpha_bar.cpu(), steps, draw, **options)
+    x = SAMPLERS[sampler](denoise, draw(), model.schedule, steps, draw, **options)
     return to_bytes(x)
 
 
@@ -778,12 +795,17 @@ def load_model(path, device="cpu", weights="ema"):
         raise
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint of this program: {str(error).splitlines()[0]}") from None
-    model.alpha_bar = SCHEDULES[config.schedule](config.diffusion_steps)
     return model.to(device).eval().requires_grad_(False)
 
 
 def choose_device(requested="auto"):
-    return torch.device(requested if requested != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    """auto, cpu, cuda, cuda:1, mps -> torch.device. Raises ValueError when it is not here."""
+    try:
+        device = torch.device(requested if requested != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {requested} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def choose_precision(device, requested="auto"):

@@ -3,7 +3,7 @@
     python sample.py --ckpt runs/demo/ckpt.pt --support a.png b.jpg c.png       # your own images, any number and size
     python sample.py --ckpt runs/demo/ckpt.pt --dataset glyphs --split test     # sets of classes never trained on
 
-Writes to --out_dir: grid.png (support | samples), the samples as PNG files, and samples.npz (arr_0 uint8 NHWC).
+Writes to --out_dir: grid.png (support | samples), images/00000.png and on, and samples.npz (arr_0 uint8 NHWC).
 Everything about the model comes from the checkpoint.
 """
 import argparse
@@ -33,13 +33,15 @@ def load_support(paths, config):
 
 
 def draw_support(split, sets, size, seed, stream):
-    """`sets` sets of `size` images from different classes as long as they last -> uint8 [sets, size, C, H, W]."""
+    """`sets` sets of `size` images, from different classes as long as they last.
+
+    -> uint8 [sets, size, C, H, W], the class name of each set."""
     generator = rng("cpu", seed, stream)
     order = torch.randperm(len(split.names), generator=generator).repeat(1 + sets // len(split.names))[:sets]
     offsets = split.offsets.cpu()
     index = torch.stack([offsets[c] + torch.randperm(int(offsets[c + 1] - offsets[c]), generator=generator)[:size]
                          for c in order])
-    return split.images[index.to(split.images.device)]
+    return split.images[index.to(split.images.device)], [split.names[c] for c in order.tolist()]
 
 
 def grid(support, samples, scale=2, gap=8):
@@ -79,6 +81,8 @@ def draw_questions(split, K, num, seed, shared_pool=False):
     shared_pool: the paper's protocol, references drawn from the whole class, support images among them.
     -> three int64 [S, K], indices into split.images, S = num / K or as many as the classes allow; a function of
     the seed and the split only. Raises ValueError when no class has 4 K images."""
+    if K < 1:
+        raise ValueError("few-shot scores need at least one support image: pass --k 5")
     generator, offsets = rng("cpu", seed, EVALUATION), split.offsets.tolist()
     drawn = {c: (offsets[c] + torch.randperm(offsets[c + 1] - offsets[c], generator=generator),
                  offsets[c] + torch.randperm(offsets[c + 1] - offsets[c], generator=generator))
@@ -103,8 +107,9 @@ def evaluate(model, split, inception, num=2000, K=5, seed=0, shared_pool=False, 
     """Scores against references of the same classes, for the generated images and for both ends of the scale: the
     support images returned as they are, and other real images. options: those of generate.
 
-    -> {"generated" | "support returned" | "other real images": {fid, kid, precision, recall, nearest_support}} and
-    the number of images. nearest_support: mean distance to the nearest image of the own support, in features."""
+    -> {"generated" | "support returned" | "other real images": {fid, kid, kid_spread, precision, recall,
+    nearest_support}} and the number of images. nearest_support: the mean distance to the nearest image of the own
+    support, in features; near zero it copies. Raises ValueError and fid.FIDError as its parts do."""
     support, reference, other = draw_questions(split, K, num, seed, shared_pool)
     device = split.images.device
     pictures = split.images[support.to(device)]                     # [S, K, C, H, W]
@@ -112,15 +117,14 @@ def evaluate(model, split, inception, num=2000, K=5, seed=0, shared_pool=False, 
     sides = {"generated": generate(model, pictures, K, seed=seed, **options), "support returned": pictures,
              "other real images": split.images[other.to(device)]}
     look = lambda images: fid.features(images.flatten(0, 1).cpu(), inception)       # [S * K, dims]
-    real = look(split.images[reference.to(device)])
-    near = torch.from_numpy(look(pictures)).unflatten(0, support.shape)             # [S, K, dims]
+    real, found = look(split.images[reference.to(device)]), {name: look(images) for name, images in sides.items()}
+    near = torch.from_numpy(found["support returned"]).unflatten(0, support.shape)  # [S, K, dims]
     scores = {}
-    for name, images in sides.items():
-        found = look(images)
-        kid, spread = fid.kid(real, found)
-        precision, recall = fid.precision_recall(real, found)
-        distance = torch.cdist(torch.from_numpy(found).unflatten(0, support.shape), near).amin(2)
-        scores[name] = dict(fid=fid.frechet_distance(*fid.statistics(real), *fid.statistics(found)), kid=kid,
+    for name, x in found.items():
+        kid, spread = fid.kid(real, x)
+        precision, recall = fid.precision_recall(real, x)
+        distance = torch.cdist(torch.from_numpy(x).unflatten(0, support.shape), near).amin(2)
+        scores[name] = dict(fid=fid.frechet_distance(*fid.statistics(real), *fid.statistics(x)), kid=kid,
                             kid_spread=spread, precision=precision, recall=recall,
                             nearest_support=distance.mean().item())
     return scores, support.numel()
@@ -202,19 +206,20 @@ def main(argv=None):
           f"guidance {args.guidance:g}, seed {args.seed}", flush=True)
     samples = generate(model, support, args.num, **options).cpu()
     out = Path(args.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    (out / "images").mkdir(parents=True, exist_ok=True)
     flat = samples.flatten(0, 1).permute(0, 2, 3, 1).numpy()            # [S * num, H, W, C]
     for i, image in enumerate(flat):
-        write_whole(out / f"{i:05d}.png", lambda p: Image.fromarray(image.squeeze()).save(p, "png"))
+        write_whole(out / "images" / f"{i:05d}.png", lambda p: Image.fromarray(image.squeeze()).save(p, "png"))
     arrays = {"arr_0": flat} | ({"labels": np.repeat(names, args.num)} if names is not None else {})
     write_whole(out / "samples.npz", lambda p: np.savez(open(p, "wb"), **arrays))
     write_whole(out / "grid.png", lambda p: grid(support, samples).save(p, "png"))
-    print(f"{out / 'grid.png'} (support | samples), {len(flat)} images beside it, samples.npz with all of them")
+    print(f"{out / 'grid.png'} (support | samples), {len(flat)} images in {out / 'images'}, samples.npz with all of them")
 
 
 def run_evaluation(model, data, K, args, options):
     """Scores on training classes and on classes never trained on: a table on screen and scores.json with its recipe."""
     inception = fid.load_inception(args.fid_weights, args.fid_dims, str(model.alpha_bar.device))
+    print(f"{args.weights} weights, {args.sampler} in {args.steps} steps, guidance {args.guidance:g}, seed {args.seed}")
     out, report = Path(args.out_dir), {}
     for split, meaning in (("train", "in distribution: training classes"), ("test", "unseen classes")):
         if not data[split].names:
@@ -242,6 +247,8 @@ SETS = 6                                                            # the stream
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, fid.FIDError) as error:
+    except (ValueError, OSError, fid.FIDError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = "out of memory: lower --batch_size"
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -33,13 +33,14 @@ from fsdm import FSDM, Config, rng
 from sample import write_whole
 
 # what a preset trains with, unless a flag says otherwise
-DOCUMENTED = dict(optimizer="adamw", batch_size=32, lr=1e-4, warmup_steps=0, log_interval=300, save_interval=20000)
+DOCUMENTED = dict(optimizer="adamw", batch_size=32, lr=1e-4, warmup_steps=0, cooldown_steps=0, ema_decay=0.999,
+                  max_steps=300_000, log_interval=300, save_interval=20_000)
 RECIPES = {
-    "demo": dict(optimizer="muon", batch_size=8, lr=3e-3, warmup_steps=100, log_interval=100, save_interval=1000,
-                 max_hours=0.24),
+    "demo": dict(optimizer="muon", batch_size=8, lr=3e-3, warmup_steps=100, cooldown_steps=1000, ema_decay=0.998,
+                 max_steps=2400, max_hours=0.24, log_interval=100, save_interval=800),
     "reference": DOCUMENTED,
     "wide": DOCUMENTED,
-    "t4": dict(optimizer="muon", batch_size=16, lr=1e-3, warmup_steps=500, log_interval=300, save_interval=5000),
+    "t4": dict(DOCUMENTED, batch_size=16, lr=5e-4, warmup_steps=1000, save_interval=5000),
 }
 TRAINING, VALIDATION, PICTURE = 2, 3, 4                 # streams of randomness, beside fsdm.SAMPLING
 
@@ -58,10 +59,11 @@ def parse_args(argv=None):
     p.add_argument("--optimizer", choices=("muon", "adamw"), help="muon: for the blocks' matrices, AdamW for the rest")
     p.add_argument("--lr", type=float, help="peak learning rate")
     p.add_argument("--warmup_steps", type=int, help="steps over which the learning rate rises from 0")
+    p.add_argument("--cooldown_steps", type=int, help="steps before --max_steps over which it falls to 0 again")
     p.add_argument("--weight_decay", type=float, default=0.01, help="share of lr by which weights shrink a step")
     p.add_argument("--grad_clip", type=float, default=1.0, help="largest norm of the whole gradient")
-    p.add_argument("--ema_decay", type=float, default=0.999, help="of the averaged weights, after their warm-up")
-    p.add_argument("--max_steps", type=int, default=300_000, help="0 prints the parameter table and stops")
+    p.add_argument("--ema_decay", type=float, help="of the averaged weights, after their warm-up")
+    p.add_argument("--max_steps", type=int, help="0 prints the parameter table and stops")
     p.add_argument("--max_hours", type=float, help="stop in time for the last save within so many hours of this run")
     p.add_argument("--log_interval", type=int, help="steps between log lines")
     p.add_argument("--save_interval", type=int, help="steps between checkpoints, validations and pictures")
@@ -134,6 +136,8 @@ def parameter_table(model):
             count = sum(p.numel() for k, p in part.named_parameters() if k.split(".")[0] == key)
             rows.append(f"  {name}.{key:<12} {count:>12,}")
         rows.append(f"{name + ', all of it':<18} {sum(p.numel() for p in part.parameters()):>12,}")
+    if hasattr(model, "null"):
+        rows.append(f"{'null context':<18} {model.null.numel():>12,}")
     return "\n".join([*rows, f"{'model':<18} {total:>12,}"])
 
 
@@ -161,11 +165,11 @@ def validate(model, split, args, dtype):
     """Loss on unseen classes with fixed sets, times and noise, and the context gain: how much larger the loss is
     when each set is generated from the context of another set; in all, and for each fifth of the times (low t first).
     -> dict of floats."""
-    device, T = split.images.device, model.config.diffusion_steps
+    device, T, sets = split.images.device, model.config.diffusion_steps, max(2, args.batch_size)
     own, other, times = [], [], []
     for i in range(args.num_eval_batches):
         generator = rng(device, args.seed, VALIDATION, i)
-        images, sees, t, noise = draw_batch(split, args.batch_size, model.config, generator, False, 0.0)
+        images, sees, t, noise = draw_batch(split, sets, model.config, generator, False, 0.0)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             own.append(model(images, sees, t, noise))
             other.append(model(images, sees, t, noise, support=images.roll(1, 0)))
@@ -185,7 +189,8 @@ def update_ema(ema, model, step, decay):
 class Log:
     """Prints, and appends every record to log.jsonl; a resumed run drops what lies beyond its checkpoint."""
     def __init__(self, path, step):
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step] if step else []
+        lines = path.read_text().splitlines() if step and path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         write_whole(path, lambda p: p.write_text("".join(line + "\n" for line in kept)))
         self.path = path
 
@@ -203,19 +208,21 @@ def load_inception(args, device):
         return print(f"training without --compute_fid: {error}")
 
 
-def load_training(path, config, model, ema, optimizers, scaler):
-    """Fills everything from a checkpoint -> the step it was saved at."""
+def load_training(path, args, config, model, ema, optimizers, scaler):
+    """Fills everything from a checkpoint -> the step it was saved at. ValueError names the flags that differ."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        differ = [k for k, v in dataclasses.asdict(config).items() if saved["config"].get(k) != v]
+        now = dict(dataclasses.asdict(config), dataset=args.dataset, optimizer=args.optimizer)
+        then = dict(saved["config"], dataset=saved["dataset"], optimizer=saved["optimizer"])
+        differ = ", ".join(f"--{k} {then.get(k)} (now {v})" for k, v in now.items() if then.get(k) != v)
         if differ:
-            there = ", ".join(f"--{k} {saved['config'].get(k)} (now {getattr(config, k)})" for k in differ)
-            raise ValueError(f"{path} was trained with {there}: pass the same, or another --out_dir")
+            raise ValueError(f"{path} was trained with {differ}: pass the same, or another --out_dir")
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:                                 # empty unless it was trained in fp16
+            scaler.load_state_dict(saved["scaler"])
         return saved["step"]
     except (KeyError, RuntimeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} cannot be resumed: {str(error).splitlines()[0]}") from None
@@ -247,13 +254,15 @@ def main(argv=None):
     out, step = Path(args.out_dir), 0
     ckpt = out / "ckpt.pt"
     if ckpt.exists():
-        step = load_training(ckpt, config, model, ema, optimizers, scaler)
+        step = load_training(ckpt, args, config, model, ema, optimizers, scaler)
         print(f"going on from {ckpt} at step {step:,}")
     inception = load_inception(args, device) if args.compute_fid else None
     out.mkdir(parents=True, exist_ok=True)
     log = Log(out / "log.jsonl", step)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.batch_size} sets of {config.sample_size} "
-          f"images a step{'; the first step compiles, which takes a minute or more' if compiled else ''}", flush=True)
+    log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.batch_size} sets of {config.sample_size} "
+        f"images a step{'; the first step compiles, which takes a minute or more' if compiled else ''}",
+        step=step, args=vars(args), config=dataclasses.asdict(config), device=str(device), dtype=str(dtype),
+        compiled=compiled, torch=torch.__version__)
     if compiled:
         compile_in_place(model, device, dtype)
 
@@ -261,11 +270,12 @@ def main(argv=None):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(1))
     images_per_step = args.batch_size * config.sample_size
-    losses, clock, room = [], (time.time(), step), 20.0                     # room: seconds the last save may need
-    deadline = started + args.max_hours * 3600 if args.max_hours else math.inf
+    losses, clock, first, room = [], (time.time(), step), step, 20.0       # room: seconds the last save may need
+    deadline = started + args.max_hours * 3600 if args.max_hours is not None else math.inf
     while step < args.max_steps and not stop and time.time() + room < deadline:
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-            group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
+            group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup_steps),
+                                        (args.max_steps - step) / max(1, args.cooldown_steps))
         generator = rng(device, args.seed, TRAINING, step)
         batch = draw_batch(data["train"], args.batch_size, config, generator,
                            config.vary_support, config.context_dropout)
@@ -274,15 +284,18 @@ def main(argv=None):
         scaler.scale(loss).backward()
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-        for optimizer in optimizers:
-            scaler.step(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        if len(optimizers) == 1:
+            scaler.step(optimizers[0])
+        elif not scaler.is_enabled() or norm.isfinite():    # fp16: both or neither (the check waits for the GPU)
+            for optimizer in optimizers:
+                optimizer.step()
         scaler.update()
         model.zero_grad(set_to_none=True)
         step += 1
         update_ema(ema, model, step, args.ema_decay)
         losses.append(loss.detach())                # .item() here would wait for the GPU at every step
-        if len(losses) == 1 and compiled:
+        if step == first + 1 and step % args.log_interval:
             clock = (time.time(), step)             # compiling is not training speed
 
         if step % args.log_interval == 0:
@@ -308,19 +321,28 @@ def main(argv=None):
 def save(args, step, model, ema, optimizers, scaler, split, dtype, inception, log):
     """The checkpoint first, then validation and a picture of unseen classes. -> the seconds it took."""
     began, out = time.time(), Path(args.out_dir)
+    if not torch.stack(torch._foreach_norm(list(model.parameters()))).isfinite().all():
+        raise ValueError(f"the weights are not finite at step {step}: lower --lr, or train with --precision fp32; "
+                         f"{out / 'ckpt.pt'} is as it was")
     state = dict(config=dataclasses.asdict(model.config), step=step, model=model.state_dict(), ema=ema.state_dict(),
-                 optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict())
+                 optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(), dataset=args.dataset,
+                 optimizer=args.optimizer)
     write_whole(out / "ckpt.pt", lambda p: torch.save(state, p))
     scores = validate(ema, split, args, dtype)
-    support = sample.draw_support(split, 4 * args.num_sample_batches, model.config.sample_size - 1,
+    support, _ = sample.draw_support(split, 4 * args.num_sample_batches, model.config.sample_size - 1,
                                   args.seed, PICTURE)
     with torch.autocast(split.images.device.type, dtype, enabled=dtype != torch.float32):
         samples = fsdm.sample(ema, support, 8, seed=args.seed)
     write_whole(out / f"samples_{step:07d}.png", lambda p: sample.grid(support, samples).save(p, "png"))
     if inception is not None:
-        scores["few_shot"], _ = sample.evaluate(ema, split, inception, args.fid_num_samples, support.shape[1],
-                                                args.seed, dtype=dtype)
-        print(sample.table(scores["few_shot"]))
+        try:
+            scores["few_shot"], n = sample.evaluate(ema, split, inception, args.fid_num_samples, support.shape[1],
+                                                    args.seed, dtype=dtype)
+            scores["few_shot_recipe"] = dict(split="val", images=n, k=support.shape[1], dims=args.fid_dims,
+                                             weights="ema", sampler="2m", steps=20, guidance=1, seed=args.seed)
+            print(sample.table(scores["few_shot"]))
+        except (ValueError, fid.FIDError) as error:
+            print(f"no few-shot scores: {error}")
     log(f"step {step:>7,}  unseen classes: loss {scores['val_loss']:.4f}, context gain {scores['context_gain']:.4f}, "
         f"picture samples_{step:07d}.png", step=step, **scores)
     return time.time() - began
@@ -329,6 +351,8 @@ def save(args, step, model, ema, optimizers, scaler, split, dtype, inception, lo
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = "out of memory: lower --batch_size, --hidden_size or --image_size; the last checkpoint is whole"
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)

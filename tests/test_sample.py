@@ -52,9 +52,9 @@ def test_support_files_of_any_kind_become_images(ckpt, tmp_path):
     saved = np.load(tmp_path / "out" / "samples.npz", allow_pickle=False)["arr_0"]
     assert saved.shape == (3, 8, 8, 3) and saved.dtype == np.uint8
     for i in range(3):
-        assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / f"{i:05d}.png")), saved[i])
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "images" / f"{i:05d}.png")), saved[i])
     assert Image.open(tmp_path / "out" / "grid.png").size == ((5 + 3) * 18 + 8, 18)
-    assert not list((tmp_path / "out").glob("*.tmp"))
+    assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
 def test_sets_of_a_data_set_carry_their_labels(ckpt, tmp_path):
