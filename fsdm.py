@@ -100,7 +100,8 @@ PRESETS = {
 def rng(device, seed, *address):
     """A torch.Generator on `device`, a function of the whole numbers `seed` and `address` only."""
     # torch's CPU generator reads 32 bits of a seed; SeedSequence mixes all the numbers into every bit
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(seed, spawn_key=address).generate_state(1)[0]))
+    state = np.random.SeedSequence(seed, spawn_key=address).generate_state(1)
+    return torch.Generator(device).manual_seed(int(state[0]))
 
 
 # ---- Data: one uint8 tensor per split on the training device, images sorted by class; a batch of sets is an index.
@@ -205,7 +206,7 @@ def glyphs(path, size, channels, download, classes=(1000, 100, 100), per_class=2
     contrast = (pairs @ torch.tensor([0.30, 0.59, 0.11])).diff(dim=2).abs()[..., 0]
     ink, paper = pairs[torch.arange(count), (contrast > 0.4).int().argmax(1)].unbind(1)
 
-    def draw(c):                                                                    # class -> uint8 [per_class, 3, H, W]
+    def draw(c):                                                                # class -> uint8 [per_class, 3, H, W]
         m, normal = per_class, lambda scale, *shape: scale * torch.randn(*shape, generator=g)
         points = strokes[c] + normal(0.035, m, 4, 1, 2) + normal(0.025, m, 4, 3, 2)
         u = torch.linspace(0, 1, 32)[:, None]                                       # quadratic Bezier curves
@@ -242,7 +243,8 @@ def omniglot(path, size, channels, download):
     """torchvision's Omniglot: background alphabets train (the last 97 characters validate), evaluation tests."""
     files = [datasets.Omniglot(path, background, download=download) for background in (True, False)]
     names = [name for f in files for name in sorted(f._characters)]             # torchvision lists them unsorted
-    found = [(image, names.index(f._characters[label])) for f in files for image, label in f]
+    rank = {name: c for c, name in enumerate(names)}
+    found = [(image, rank[f._characters[label]]) for f in files for image, label in f]
     images = np.stack([to_picture(ImageOps.invert(image), size, channels) for image, _ in found])
     return (images, np.array([label for _, label in found]), names,
             split_background(np.arange(len(names)) >= len(files[0]._characters)))
@@ -821,7 +823,7 @@ def choose_precision(device, requested="auto"):
     if device.type == "cpu":
         rate = {dtype: matmul_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
         return (torch.bfloat16 if rate[torch.bfloat16] > 1.5 * rate[torch.float32] else torch.float32,
-                "this CPU multiplies {:,.0f} GFLOP/s in fp32, {:,.0f} in bf16".format(*(r / 1e9 for r in rate.values())))
+                "a CPU of {:,.0f} GFLOP/s in fp32, {:,.0f} in bf16".format(*(r / 1e9 for r in rate.values())))
     return torch.float32, f"the safe choice on {device.type}"
 
 

@@ -213,7 +213,7 @@ def main(argv=None):
     arrays = {"arr_0": flat} | ({"labels": np.repeat(names, args.num)} if names is not None else {})
     write_whole(out / "samples.npz", lambda p: np.savez(open(p, "wb"), **arrays))
     write_whole(out / "grid.png", lambda p: grid(support, samples).save(p, "png"))
-    print(f"{out / 'grid.png'} (support | samples), {len(flat)} images in {out / 'images'}, samples.npz with all of them")
+    print(f"{out / 'grid.png'} (support | samples), {len(flat)} images in {out / 'images'}, all in samples.npz")
 
 
 def run_evaluation(model, data, K, args, options):
@@ -221,7 +221,7 @@ def run_evaluation(model, data, K, args, options):
     inception = fid.load_inception(args.fid_weights, args.fid_dims, str(model.alpha_bar.device))
     print(f"{args.weights} weights, {args.sampler} in {args.steps} steps, guidance {args.guidance:g}, seed {args.seed}")
     out, report = Path(args.out_dir), {}
-    for split, meaning in (("train", "in distribution: training classes"), ("test", "unseen classes")):
+    for split, meaning in (("test", "unseen classes"), ("train", "in distribution: training classes")):
         if not data[split].names:
             print(f"\n{meaning}: none in this data set")
             continue

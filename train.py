@@ -1,7 +1,7 @@
 """Trains a few-shot diffusion model: every image of a set is generated from the others.
 
-    python train.py                                                       # the demo: invented glyphs, 15 minutes on a CPU
-    python train.py --max_steps 0 --preset reference                      # the parameter table, nothing else
+    python train.py                                          # the demo: invented glyphs, 15 minutes on two CPU cores
+    python train.py --max_steps 0 --preset reference         # the parameter table, nothing else
     python train.py --preset t4 --dataset cifar100 --data_dir data --download --max_hours 8.5
     python train.py --dataset my_photos/ --out_dir runs/mine              # a folder of class folders
 
@@ -332,7 +332,7 @@ def save(args, step, model, ema, optimizers, scaler, split, dtype, inception, lo
     support, _ = sample.draw_support(split, 4 * args.num_sample_batches, model.config.sample_size - 1,
                                   args.seed, PICTURE)
     with torch.autocast(split.images.device.type, dtype, enabled=dtype != torch.float32):
-        samples = fsdm.sample(ema, support, 8, seed=args.seed)
+        samples = fsdm.sample(ema, support, 8, guidance=2.0 if hasattr(ema, "null") else 1.0, seed=args.seed)
     write_whole(out / f"samples_{step:07d}.png", lambda p: sample.grid(support, samples).save(p, "png"))
     if inception is not None:
         try:

@@ -1,6 +1,8 @@
 """Claims about the method, each against an oracle: counted by hand, or a case whose answer is known."""
 import dataclasses
 import math
+import pickle
+import struct
 import sys
 from pathlib import Path
 
@@ -346,6 +348,71 @@ def test_real_arrays_load_and_split(file, sizes, channels):
     mine = data["test"].images[data["test"].offsets[3]:data["test"].offsets[4]]
     theirs = raw["images"][raw["labels"] == list(raw["class_names"]).index(name)]
     assert np.array_equal(mine.permute(0, 2, 3, 1).numpy().squeeze(), theirs)
+
+
+# ---- torchvision's own files, in their official layout, made small.
+
+def test_cifar100_reads_both_files_and_splits_by_superclass(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    folder, names = tmp_path / "cifar-100-python", ["bus", "dolphin", "rose", "tiger"]
+    folder.mkdir()
+    for part, value in (("train", 10), ("test", 90)):
+        data = {"data": np.full((4, 3072), value, np.uint8), "fine_labels": [0, 1, 2, 3]}
+        pickle.dump(data, open(folder / part, "wb"))
+    pickle.dump({"fine_label_names": names}, open(folder / "meta", "wb"))
+    data = fsdm.load_data("cifar100", str(tmp_path), 32, 3)
+    assert {name: split.names for name, split in data.items()} == {"train": ["bus", "rose"], "val": ["tiger"],
+                                                                   "test": ["dolphin"]}
+    assert data["test"].images[:, 0, 0, 0].tolist() == [10, 90]
+
+
+def test_omniglot_trains_on_background_and_tests_on_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.Omniglot._check_integrity", lambda self: True)
+    for part, alphabets in (("images_background", "BA"), ("images_evaluation", "C")):
+        for alphabet in alphabets:
+            for c in (1, 2):
+                folder = tmp_path / "omniglot-py" / part / alphabet / f"character{c:02d}"
+                folder.mkdir(parents=True)
+                for i in range(3):
+                    paper = Image.new("1", (105, 105), 1)
+                    paper.paste(0, (0, 0, 105, 20 * ord(alphabet) - 1280 + 10 * c))     # ink, a share of its own
+                    paper.save(folder / f"{i}.png")
+    data = fsdm.load_data("omniglot", str(tmp_path), 28, 1)
+    assert [split.names for split in data.values()] == [
+        ["A/character01", "A/character02", "B/character01"], ["B/character02"], ["C/character01", "C/character02"]]
+    ink = torch.cat([split.images for split in data.values()]).float().mean((1, 2, 3)).unflatten(0, (6, 3))
+    assert (ink[:, 0].diff() > 0).all() and (ink == ink[:, :1]).all()           # images under their own names
+
+
+def test_mnist_and_celeba_read_torchvisions_files(tmp_path, monkeypatch):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, M in (("train", 30), ("t10k", 10)):
+        digits = (np.arange(M) % 10).astype(np.uint8)
+        images = digits[:, None, None].repeat(28, 1).repeat(28, 2) * 20
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, M, 28, 28) + images.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, M) + digits.tobytes())
+    data = fsdm.load_data("mnist", str(tmp_path), 28, 1)
+    assert [len(split.names) for split in data.values()] == [7, 1, 2]
+    for split in data.values():
+        shown = split.images[split.offsets[:-1], 0, 0, 0] // 20
+        assert [int(name[0]) for name in split.names] == shown.tolist() and len(split.images) == 4 * len(split.names)
+
+    monkeypatch.setattr("torchvision.datasets.CelebA._check_integrity", lambda self: True)
+    folder, files = tmp_path / "celeba", [f"{i:06d}.jpg" for i in range(203)]
+    (folder / "img_align_celeba").mkdir(parents=True)
+    person = [1 + i % 10 for i in range(200)] + [11] * 3                        # the last one has too few images
+    for file, identity in zip(files, person):
+        Image.new("RGB", (178, 218), (identity * 20, 0, 0)).save(folder / "img_align_celeba" / file, quality=95)
+    write = lambda name, rows, head="": (folder / name).write_text(
+        head + "".join(f"{file} {row}\n" for file, row in zip(files, rows)))
+    write("identity_CelebA.txt", person)
+    write("list_eval_partition.txt", [0] * 203)
+    for name in ("list_bbox_celeba.txt", "list_landmarks_align_celeba.txt", "list_attr_celeba.txt"):
+        write(name, [1] * 203, "203\nx\n")
+    data = fsdm.load_data("celeba", str(tmp_path), 16, 3)
+    assert [split.names for split in data.values()] == [[str(i) for i in range(1, 8)], ["8"], ["9", "10"]]
+    assert abs(int(data["test"].images[0, 0, 8, 8]) - 180) < 6 and len(data["train"].images) == 140
 
 
 def draw_folder(root, classes, images=3, size=(40, 30)):

@@ -124,8 +124,9 @@ def test_max_steps_0_prints_the_table(capsys):
     assert all(number in said for number in ("43,509,900", "32,735,628", "10,774,272", "31,938,048", "147,840"))
 
 
-@pytest.mark.parametrize("capability, dtype, compiled", [((7, 5), torch.float16, True), ((8, 0), torch.bfloat16, True),
-                                                         ((9, 0), torch.bfloat16, True), ((6, 0), torch.float16, False)])
+@pytest.mark.parametrize("capability, dtype, compiled", [
+    ((7, 5), torch.float16, True), ((8, 0), torch.bfloat16, True), ((9, 0), torch.bfloat16, True),
+    ((6, 0), torch.float16, False)])
 def test_precision_and_compilation_follow_the_compute_capability(monkeypatch, capability, dtype, compiled):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert fsdm.choose_precision(torch.device("cuda"))[0] == dtype
