@@ -175,6 +175,15 @@ def to_picture(image, size, channels):
     return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
 
+def read_picture(path, size, channels):
+    """An image file -> uint8 [C, size, size]. Raises ValueError with a sentence when it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return to_picture(image, size, channels)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from None
+
+
 def to_size(images, size, channels):
     """uint8 array [M, H, W] or [M, H, W, C] -> uint8 [M, channels, size, size]."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.ndim == 4 and images.shape[3] not in (1, 3):
@@ -284,15 +293,15 @@ def folder(path, size, channels, download):
         before = len(images)
         for f in files:
             try:
-                images.append(to_picture(Image.open(f), size, channels))
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                bad.append(f"{f.name} ({error})")
+                images.append(read_picture(f, size, channels))
+            except ValueError as error:
+                bad.append(str(error))
         if len(images) == before:
             raise ValueError(f"class folder '{d}' holds no readable image: add images to it or remove it")
         labels += [len(names)] * (len(images) - before)
         names.append(f"{d.parent.name}/{d.name}" if split else d.name)
     if bad:
-        print(f"{path}: {len(bad)} unreadable files left out: {', '.join(bad[:3])}{', ...' if bad[3:] else ''}")
+        print(f"{path}: {len(bad)} files left out: {', '.join(bad[:3])}{', ...' if bad[3:] else ''}")
     keep = ({part: [c for c, name in enumerate(names) if name.startswith(part + "/")] for part in parts}
             if split else split_by_name(names))
     return np.stack(images), np.array(labels), names, keep
@@ -400,8 +409,8 @@ def mlp(width, hidden):
 
 
 def modulate(x, shift, scale):
-    """[B, N, D] by [B, D]: the adaptive part of adaptive layer normalisation."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """[B, N, D] by [B, 1, D]: the adaptive part of adaptive layer normalisation."""
+    return x * (1 + scale) + shift
 
 
 def patchify(x, p):
@@ -468,12 +477,12 @@ class DiTBlock(nn.Module):
             side = math.isqrt(x.shape[1])
             x = x + self.local(x.mT.unflatten(2, (side, side))).flatten(2).mT
         ada = self.ada(c)[:, None].chunk(self.ada.out_features // x.shape[2], dim=2)    # [B * n, 1, D] each
-        x = x + ada[2] * self.attention(self.norm1(x) * (1 + ada[1]) + ada[0])
+        x = x + ada[2] * self.attention(modulate(self.norm1(x), ada[0], ada[1]))
         if keys_values is not None:
-            h = self.norm_cross(x) * (1 + ada[7]) + ada[6]
+            h = modulate(self.norm_cross(x), ada[6], ada[7])
             h = h.unflatten(0, (keys_values[0].shape[0], -1)).flatten(1, 2)             # [B, n * N, D]
             x = x + ada[8] * self.cross(h, keys_values, mask).view(x.shape)
-        return x + ada[5] * self.mlp(self.norm2(x) * (1 + ada[4]) + ada[3])             # [B * n, N, D]
+        return x + ada[5] * self.mlp(modulate(self.norm2(x), ada[3], ada[4]))           # [B * n, N, D]
 
 
 # ---- Set encoders: images of a set, and who may see whom, -> context. `sees` is bool [B, n, K]: target i is
@@ -576,7 +585,7 @@ class DiT(nn.Module):
         x = self.embed(patchify(x.flatten(0, 1), self.patch)) + self.pos        # [B * n, N, D]
         for block, kv in zip(self.blocks, keys_values):
             x = block(x, c, kv, mask)
-        shift, scale = self.ada(c).chunk(2, dim=1)
+        shift, scale = self.ada(c)[:, None].chunk(2, dim=2)                     # [B * n, 1, D] each
         x = self.out(modulate(self.norm(x), shift, scale))                      # [B * n, N, p * p * C]
         return unpatchify(x, self.patch).unflatten(0, (B, n))                   # [B, n, C, H, W]
 

@@ -23,12 +23,7 @@ from fsdm import rng
 
 def load_support(paths, config):
     """Files -> uint8 [1, K, C, H, W]. Raises ValueError naming the file that is not an image."""
-    pictures = []
-    for path in paths:
-        try:
-            pictures.append(fsdm.to_picture(Image.open(path), config.image_size, config.in_channels))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"--support {path} cannot be read as an image: {error}") from None
+    pictures = [fsdm.read_picture(path, config.image_size, config.in_channels) for path in paths]
     return torch.from_numpy(np.stack(pictures))[None]
 
 

@@ -5,7 +5,7 @@
     python train.py --preset t4 --dataset cifar100 --data_dir data --download --max_hours 8.5
     python train.py --dataset my_photos/ --out_dir runs/mine              # a folder of class folders
 
-Leaves in --out_dir: ckpt.pt, log.jsonl (everything printed), and at every save samples_<step>.png, classes never
+Leaves in --out_dir: ckpt.pt, log.jsonl (every number printed), and at every save samples_<step>.png, classes never
 trained on, support on the left and samples on the right. The same command again goes on from ckpt.pt.
 """
 import argparse
@@ -314,7 +314,8 @@ def main(argv=None):
             room = max(20.0, 1.5 * room)
     if step % args.save_interval or not ckpt.exists():
         save(args, step, model, ema, optimizers, scaler, data["val"], dtype, inception, log)
-    print(f"stopped at step {step:,} after {(time.time() - started) / 60:.1f} minutes; the same command goes on, "
+    print(f"stopped at step {step:,} after {(time.time() - started) / 60:.1f} minutes; "
+          f"the same command{' with a larger --max_steps' if step >= args.max_steps else ''} goes on, "
           f"python sample.py --ckpt {ckpt} --support your images generates")
 
 
