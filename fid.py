@@ -34,6 +34,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -340,9 +341,9 @@ def npz_headers(path):
 
 
 def read_npz(path, name, shape, chosen):
-    """Yield the chosen images of an array [N, H, W, (1 or 3)] in an .npz, in pieces of at most 16 MB."""
+    """Yield the chosen images of an array [N, H, W, (1 or 3)] in an .npz, in pieces of about 1 MB."""
     size = math.prod(shape[1:])
-    rows = max(1, 2**24 // size)
+    rows = max(1, 2**20 // size)
     with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
         npy_header(file)
         for start in range(0, shape[0], rows):
@@ -433,6 +434,8 @@ def run(model, parts):
 def batches(parts, model, batch_size):
     """Features of uint8 parts [b, 3, H, W] of any sizes, in order, as float32 arrays [up to batch_size, dims]."""
     device, waiting, count = next(model.parameters()).device, [], 0
+    # a CPU gets small activations back from the allocator, and fresh pages for large ones, at half the speed
+    batch_size = batch_size or (4 if device.type == "cpu" else 64)
     model.eval()
     for part in parts:
         while len(part):
@@ -446,7 +449,7 @@ def batches(parts, model, batch_size):
         yield run(model, waiting)
 
 
-def features(images, model, batch_size=32):
+def features(images, model, batch_size=None):
     """uint8 [N, 3 or 1, H, W] (tensor or ndarray, 0 to 255) -> float32 ndarray [N, dims]. FIDError if not uint8."""
     return np.concatenate([np.empty((0, model.dims), np.float32), *batches([check_images(images)], model, batch_size)])
 
@@ -495,14 +498,14 @@ class Side:
     weights: str               # SHA-256 prefix of the network behind it
 
 
-def scan(source, model, num=None, batch_size=32, progress=None):
+def scan(source, model, num=None, batch_size=None, progress=None):
     """One pass over a folder, an .npz of images or a uint8 [N, 3 or 1, H, W] -> Side; memory does not grow with N.
 
     num: measure this many, spread over all (`choose`). progress: a name to print beside the images a second on stderr.
     FIDError if there are under 2 images or more than 1% cannot be read.
     """
     kind, n, parts = open_source(source, num)
-    unreadable, kept, moments, start, told = [], [], Moments(model.dims), time.time(), 0
+    unreadable, moments, start, told = [], Moments(model.dims), time.time(), 0
 
     def readable():
         for part in parts:
@@ -514,9 +517,12 @@ def scan(source, model, num=None, batch_size=32, progress=None):
                 raise FIDError(f"{source}: more than 1% of {n} images cannot be read, among them "
                                f"{'; '.join(unreadable[:3])}: repair or remove them")
 
-    keep = choose(n, KEEP)
+    keep, held = choose(n, KEEP), 0
+    kept = np.empty((len(keep), model.dims), np.float32)                 # small arrays would lie between the network's
     for x in batches(readable(), model, batch_size):
-        kept.append(x[keep[np.searchsorted(keep, moments.n):np.searchsorted(keep, moments.n + len(x))] - moments.n])
+        some = x[keep[np.searchsorted(keep, moments.n):np.searchsorted(keep, moments.n + len(x))] - moments.n]
+        kept[held:held + len(some)] = some
+        held += len(some)
         moments.update(x)
         if progress and (time.time() - told > 1 or moments.n + len(unreadable) == n):
             told = time.time()
@@ -527,7 +533,7 @@ def scan(source, model, num=None, batch_size=32, progress=None):
     if moments.n < 2:
         raise FIDError(f"{source}: {moments.n} image(s), FID needs at least 2 a side, and thousands to mean something")
     path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "array"
-    return Side(path, kind, moments.n, *moments.result(), np.concatenate(kept), unreadable, model.weights_sha256)
+    return Side(path, kind, moments.n, *moments.result(), kept[:held], unreadable, model.weights_sha256)
 
 
 def save_statistics(path, side):
@@ -571,10 +577,11 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         raise FIDError(f"statistics of shapes {shapes}: expected [D], [D, D] twice, with the same D")
     if not all(v.isfinite().all() for v in (mu1, sigma1, mu2, sigma2)):
         raise FIDError("the statistics hold numbers that are not finite: were the features?")
-    w, v = torch.linalg.eigh(sigma1)
-    real = w > w.max() * len(w) * torch.finfo(w.dtype).eps               # the others are rounding errors of zero
-    # largest first: then LAPACK keeps the small eigenvalues of A^T S2 A to 1e-13, and otherwise only to 1e-7
-    a = (v[:, real] * w[real].sqrt()).flip(1)                            # [D, rank]
+    # Cholesky with pivoting stops where only rounding errors of zero are left, five times sooner than eigenvectors do;
+    # the largest come first, and then LAPACK keeps the small eigenvalues of A^T S2 A to 1e-13, otherwise only to 1e-7
+    factor, order, rank, _ = scipy.linalg.lapack.dpstrf(sigma1.numpy(), lower=1)
+    a = torch.zeros(len(mu1), rank, dtype=torch.float64)                 # [D, rank]
+    a[torch.from_numpy(order.astype(np.int64) - 1)] = torch.from_numpy(np.tril(factor)[:, :rank])
     root = torch.linalg.eigvalsh(a.T @ sigma2 @ a).clamp(min=0).sqrt().sum()
     return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root)
 
@@ -681,7 +688,7 @@ def parse_args(argv=None):
     p.add_argument("--dims", type=int, default=2048, choices=sorted(LAST_LAYER), help="features; 2048 is the standard")
     p.add_argument("--weights", help="Inception weights; default: torch's hub cache, else a download")
     p.add_argument("--num", type=int, help="measure this many images a side, spread over all; default: all")
-    p.add_argument("--batch_size", type=int, default=32, help="images at once; the scores do not depend on it")
+    p.add_argument("--batch_size", type=int, help="images at once (GPU 64, CPU 4); no score depends on it")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
     p.add_argument("--save_stats", metavar="OUT.npz", help="write mean and covariance of the one side")
     return p.parse_args(argv)
@@ -692,7 +699,7 @@ def main(argv=None):
     try:
         result = measure(args)
     except (FIDError, torch.OutOfMemoryError) as error:
-        reason = error if isinstance(error, FIDError) else f"out of memory: lower --batch_size {args.batch_size}"
+        reason = error if isinstance(error, FIDError) else "out of memory: lower --batch_size (GPU: 64)"
         print(f"fid.py: {reason}", file=sys.stderr)
         sys.exit(2)
     for note in result["notes"]:
@@ -704,7 +711,7 @@ def measure(args):
     """What the command line asks for, as one dict: scores, notes and the whole protocol."""
     if (args.fake is None) == (args.save_stats is None):
         raise FIDError("give two sides to compare, or one side and --save_stats OUT.npz")
-    if args.batch_size < 1 or args.num is not None and args.num < 2:
+    if args.batch_size is not None and args.batch_size < 1 or args.num is not None and args.num < 2:
         raise FIDError("--batch_size must be at least 1 and --num at least 2")
     if args.save_stats:
         folder = os.path.dirname(os.path.abspath(args.save_stats))

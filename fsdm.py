@@ -61,9 +61,17 @@ class Config:
         def need(ok, sentence):
             if not ok:
                 raise ValueError(sentence)
-        for name in ("image_size", "in_channels", "patch_size", "encoder_patch_size", "hidden_size",
-                     "depth", "num_heads", "hdim"):
-            need(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            need(type(value) is field.type or field.type is float and type(value) is int,
+                 f"{field.name} is {value!r}: expected {field.type.__name__}")
+        for name in ("image_size", "patch_size", "encoder_patch_size", "hidden_size", "num_heads", "hdim"):
+            # the upper end is far above any use: a checkpoint from a stranger must not take all memory
+            need(1 <= getattr(self, name) <= 8192, f"{name} is {getattr(self, name)}: expected 1 .. 8192")
+        for name, least in (("depth", 1), ("encoder_depth", 0), ("sample_size", 1)):
+            need(least <= getattr(self, name) <= 512, f"{name} is {getattr(self, name)}: expected {least} .. 512")
+        need(0 < self.mlp_ratio <= 64, f"mlp_ratio is {self.mlp_ratio}: expected 0 < mlp_ratio <= 64")
+        need(self.in_channels in (1, 3), f"in_channels is {self.in_channels}: expected 1 (grey) or 3 (RGB)")
         for name in ("patch_size", "encoder_patch_size"):
             need(self.image_size % getattr(self, name) == 0,
                  f"{name} {getattr(self, name)} does not divide image_size {self.image_size}")
@@ -177,6 +185,8 @@ def to_picture(image, size, channels):
 
 def read_picture(path, size, channels):
     """An image file -> uint8 [C, size, size]. Raises ValueError with a sentence when it cannot be read."""
+    if os.path.exists(path) and not os.path.isfile(path):                       # a pipe named .png would wait for ever
+        raise ValueError(f"{path} is no file")
     try:
         with Image.open(path) as image:
             return to_picture(image, size, channels)
@@ -806,7 +816,7 @@ def load_model(path, device="cpu", weights="ema"):
         raise
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint of this program: {str(error).splitlines()[0]}") from None
-    return model.to(device).eval().requires_grad_(False)
+    return model.to(device, torch.float32).eval().requires_grad_(False)
 
 
 def choose_device(requested="auto"):
@@ -816,7 +826,23 @@ def choose_device(requested="auto"):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {requested} cannot be used here: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if not has_kernels(capability, torch.cuda.get_arch_list()):
+            raise ValueError("torch {} has no kernels for {} (compute capability {}.{}): choose another GPU (on Kaggle "
+                             "T4 x2), --device cpu, or an older torch".format(
+                                 torch.__version__, torch.cuda.get_device_name(device), *capability))
     return device
+
+
+def has_kernels(capability, architectures):
+    """(7, 5), ["sm_75", "sm_90a", "compute_120"] -> whether code for one of these runs on such a GPU."""
+    for kind, number in (name.split("_") for name in architectures):
+        built = divmod(int(number.rstrip("af")), 10)
+        # machine code runs on its own generation from its minor version on, PTX on everything later
+        if built <= capability and (kind == "compute" or built[0] == capability[0]):
+            return True
+    return False
 
 
 def choose_precision(device, requested="auto"):

@@ -62,10 +62,19 @@ def generate(model, support, n, dtype=torch.float32, batch_size=64, **options):
 
 
 def write_whole(path, save):
-    """save(temporary path), then put it in the place of `path`: replaced whole or not at all."""
+    """save(open binary file), then put that file in the place of `path`: replaced whole or not at all.
+
+    Raises OSError when it cannot be written, as on a full disk; then nothing is left of it."""
     temporary = Path(path).with_name(Path(path).name + ".tmp")
-    save(temporary)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())                                 # on the disk before it has the name
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 # ---- Few-shot evaluation: the same questions for every model, between the two ends of the scale.
@@ -204,10 +213,10 @@ def main(argv=None):
     (out / "images").mkdir(parents=True, exist_ok=True)
     flat = samples.flatten(0, 1).permute(0, 2, 3, 1).numpy()            # [S * num, H, W, C]
     for i, image in enumerate(flat):
-        write_whole(out / "images" / f"{i:05d}.png", lambda p: Image.fromarray(image.squeeze()).save(p, "png"))
+        write_whole(out / "images" / f"{i:05d}.png", lambda file: Image.fromarray(image.squeeze()).save(file, "png"))
     arrays = {"arr_0": flat} | ({"labels": np.repeat(names, args.num)} if names is not None else {})
-    write_whole(out / "samples.npz", lambda p: np.savez(open(p, "wb"), **arrays))
-    write_whole(out / "grid.png", lambda p: grid(support, samples).save(p, "png"))
+    write_whole(out / "samples.npz", lambda file: np.savez(file, **arrays))
+    write_whole(out / "grid.png", lambda file: grid(support, samples).save(file, "png"))
     print(f"{out / 'grid.png'} (support | samples), {len(flat)} images in {out / 'images'}, all in samples.npz")
 
 
@@ -233,7 +242,7 @@ def run_evaluation(model, data, K, args, options):
         protocol="references and supports share a pool" if args.shared_pool else "references disjoint from supports",
         features=fid.RESIZE, model=vars(model.config))
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "scores.json", lambda p: p.write_text(json.dumps(report, indent=1)))
+    write_whole(out / "scores.json", lambda file: file.write(json.dumps(report, indent=1).encode()))
     print(f"\n{out / 'scores.json'} holds the scores with their recipe")
 
 

@@ -4,6 +4,8 @@
     python train.py --max_steps 0 --preset reference         # the parameter table, nothing else
     python train.py --preset t4 --dataset cifar100 --data_dir data --download --max_hours 8.5
     python train.py --dataset my_photos/ --out_dir runs/mine              # a folder of class folders
+    python train.py --preset t4 --benchmark                               # how fast, how much memory; trains nothing
+    torchrun --standalone --nproc_per_node=2 train.py --preset t4 ...     # two GPUs share every batch
 
 Leaves in --out_dir: ckpt.pt, log.jsonl (every number printed), and at every save samples_<step>.png, classes never
 trained on, support on the left and samples on the right. The same command again goes on from ckpt.pt.
@@ -22,9 +24,16 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 import fid
 import fsdm
@@ -43,6 +52,8 @@ RECIPES = {
     "t4": dict(DOCUMENTED, batch_size=16, lr=5e-4, warmup_steps=1000, save_interval=5000),
 }
 TRAINING, VALIDATION, PICTURE = 2, 3, 4                 # streams of randomness, beside fsdm.SAMPLING
+PATIENCE = 50                                           # gradients in a row that may be not finite
+SAVE_SECONDS = 300                                      # at most so long between two checkpoints
 
 
 # ---- The command line. A shape flag that is left out takes its preset's value.
@@ -55,7 +66,10 @@ def parse_args(argv=None):
     p.add_argument("--data_dir", default="data", help="where torchvision's files of a named data set lie")
     p.add_argument("--download", action="store_true", help="fetch a named data set when it is not in data_dir")
     p.add_argument("--out_dir", default="runs/demo", help="checkpoint, log and pictures go here")
-    p.add_argument("--batch_size", type=int, help="sets a step; each is sample_size images")
+    p.add_argument("--resume", help="a checkpoint to go on from when out_dir has none")
+    p.add_argument("--restart", action="store_true", help="begin anew; an old run in out_dir is moved aside")
+    p.add_argument("--batch_size", type=int, help="sets a step, over all GPUs; each is sample_size images")
+    p.add_argument("--accumulate", type=int, default=1, help="parts of a batch, one after the other: less memory")
     p.add_argument("--optimizer", choices=("muon", "adamw"), help="muon: for the blocks' matrices, AdamW for the rest")
     p.add_argument("--lr", type=float, help="peak learning rate")
     p.add_argument("--warmup_steps", type=int, help="steps over which the learning rate rises from 0")
@@ -76,6 +90,7 @@ def parse_args(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of weights, batches, noise and pictures")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of the products")
+    p.add_argument("--benchmark", action="store_true", help="measure speed and memory of this configuration and stop")
     p.add_argument("--no_compile", action="store_true", help="run the step eagerly: slower, but it starts at once")
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):            # one flag per field of Config, its comment is the help
@@ -87,7 +102,7 @@ def parse_args(argv=None):
             setattr(args, name, value)
     shape = dict(fsdm.PRESETS[args.preset])
     shape |= {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
-    for name in ("batch_size", "log_interval", "save_interval", "num_eval_batches", "num_sample_batches"):
+    for name in ("batch_size", "accumulate", "log_interval", "save_interval", "num_eval_batches", "num_sample_batches"):
         if getattr(args, name) < 1:
             p.error(f"--{name} is {getattr(args, name)}: it must be at least 1")
     try:
@@ -103,6 +118,33 @@ def parse_bool(text):
 
 
 # ---- What the machine can do: each decision a small function that says its reason.
+
+def connect(requested):
+    """-> (device, rank, processes): this process alone, or one of those that torchrun started, on its own GPU."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if requested == "auto" and torch.cuda.is_available():
+        requested = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = fsdm.choose_device(requested)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        if world == 1 and torch.cuda.device_count() > 1:
+            n = torch.cuda.device_count()
+            print(f"{n} GPUs are here and this run uses one; for all of them:\n"
+                  f"  torchrun --standalone --nproc_per_node={n} {' '.join(sys.argv)}")
+    if world > 1:
+        # rank 0 validates and draws while the others wait; gloo serves small tensors on the CPU, without the GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    return device, rank, world
+
+
+def anyone(flag):
+    """True when the flag is set on any process: all leave the loop at the same step."""
+    if not dist.is_initialized():
+        return flag
+    votes = torch.tensor([float(flag)])                 # on the CPU: this does not wait for the GPU
+    dist.all_reduce(votes)
+    return votes.item() > 0
+
 
 def choose_compile(device, no_compile):
     """-> (whether to compile the step, the reason in words)."""
@@ -160,6 +202,61 @@ def make_optimizers(model, name, lr, weight_decay, device):
                                      fused=device.type in ("cpu", "cuda"))]
 
 
+class Training(NamedTuple):
+    """What a checkpoint holds, beside its Config and the step."""
+    model: FSDM
+    ema: FSDM
+    optimizers: list
+    scaler: torch.amp.GradScaler
+    history: list                               # [loss, gradient norm] of each step since the last log line
+
+    def state(self):
+        return dict(model=self.model.state_dict(), ema=self.ema.state_dict(), scaler=self.scaler.state_dict(),
+                    optimizers=[optimizer.state_dict() for optimizer in self.optimizers], history=self.history)
+
+
+def make_training(config, args, device, dtype):
+    model = FSDM(config).to(device)
+    # in fp16 the scale keeps small gradients above zero; in all precisions the scaler skips a step that is not finite
+    scale = dict(init_scale=2.0 ** 16) if dtype == torch.float16 else dict(init_scale=1.0, growth_interval=2 ** 31 - 1)
+    return Training(model, copy.deepcopy(model).eval().requires_grad_(False),
+                    make_optimizers(model, args.optimizer, args.lr, args.weight_decay, device),
+                    torch.amp.GradScaler(device.type, **scale), [])
+
+
+def train_step(net, training, batches, args, dtype, step):
+    """Updates the model by the mean gradient of `batches`, a list of functions that draw one; net is the model, or
+    DDP around it. Waits for no GPU, unless there are two optimizers. A gradient that is not finite changes nothing.
+
+    -> bool tensor on the device: whether the step was skipped."""
+    model, ema, optimizers, scaler, history = training
+    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+        group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup_steps),
+                                    (args.max_steps - step) / max(1, args.cooldown_steps))
+    model.zero_grad(set_to_none=True)
+    losses = []
+    for draw in batches:
+        wait = net is model or draw is batches[-1]          # DDP averages gradients with the last part
+        with nullcontext() if wait else net.no_sync():
+            with torch.autocast(model.alpha_bar.device.type, dtype, enabled=dtype != torch.float32):
+                loss = net(*draw()).mean() / len(batches)
+            scaler.scale(loss).backward()
+            losses.append(loss.detach())                    # .item() here would wait for the GPU at every step
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+    if len(optimizers) == 1:
+        scaler.step(optimizers[0])
+    elif norm.isfinite():                                   # both or neither; this check waits for the GPU
+        for optimizer in optimizers:
+            optimizer.step()
+    scaler.update()
+    update_ema(ema, model, step + 1, args.ema_decay)
+    bad = ~norm.isfinite()
+    history.append(torch.stack([torch.stack(losses).sum(), norm]).masked_fill(bad, math.nan))
+    return bad
+
+
 @torch.no_grad()
 def validate(model, split, args, dtype):
     """Loss on unseen classes with fixed sets, times and noise, and the context gain: how much larger the loss is
@@ -188,16 +285,20 @@ def update_ema(ema, model, step, decay):
 
 class Log:
     """Prints, and appends every record to log.jsonl; a resumed run drops what lies beyond its checkpoint."""
-    def __init__(self, path, step):
-        lines = path.read_text().splitlines() if step and path.exists() else []
+    def __init__(self, path, step, earlier=None):
+        source = path if path.exists() or earlier is None else earlier
+        lines = source.read_text().splitlines() if step and source.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_whole(path, lambda p: p.write_text("".join(line + "\n" for line in kept)))
+        write_whole(path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
         self.path = path
 
     def __call__(self, sentence, **record):
         print(sentence, flush=True)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            print(f"{self.path} lacks this line: {error.strerror}; training goes on", flush=True)
 
 
 def load_inception(args, device):
@@ -208,24 +309,33 @@ def load_inception(args, device):
         return print(f"training without --compute_fid: {error}")
 
 
-def load_training(path, args, config, model, ema, optimizers, scaler):
+def load_training(path, args, config, training):
     """Fills everything from a checkpoint -> the step it was saved at. ValueError names the flags that differ."""
+    model, ema, optimizers, scaler, history = training
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         now = dict(dataclasses.asdict(config), dataset=args.dataset, optimizer=args.optimizer)
         then = dict(saved["config"], dataset=saved["dataset"], optimizer=saved["optimizer"])
         differ = ", ".join(f"--{k} {then.get(k)} (now {v})" for k, v in now.items() if then.get(k) != v)
         if differ:
-            raise ValueError(f"{path} was trained with {differ}: pass the same, or another --out_dir")
+            raise ValueError(f"{path} was trained with {differ}: pass the same, another --out_dir, or --restart")
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        if saved["scaler"]:                                 # empty unless it was trained in fp16
-            scaler.load_state_dict(saved["scaler"])
+        scaler.load_state_dict(saved["scaler"])
+        history += [row.to(model.alpha_bar.device) for row in saved["history"]]
         return saved["step"]
-    except (KeyError, RuntimeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+    except (KeyError, TypeError, RuntimeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} cannot be resumed: {str(error).splitlines()[0]}") from None
+
+
+def move_aside(out):
+    """Renames a folder that holds a run to <out>_1, _2, ...: the first name that is free."""
+    if (out / "ckpt.pt").exists():
+        aside = next(path for i in range(1, 10_000) if not (path := out.with_name(f"{out.name}_{i}")).exists())
+        out.rename(aside)
+        print(f"the run that was in {out} is now in {aside}")
 
 
 # ---- The run.
@@ -236,105 +346,181 @@ def main(argv=None):
     torch.manual_seed(args.seed)                                            # the initial weights
     if args.max_steps == 0:
         return print(parameter_table(FSDM(config)))
-    device = fsdm.choose_device(args.device)
+    device, rank, world = connect(args.device)
+    parts = args.accumulate * world
+    if args.batch_size % parts:
+        raise ValueError(f"--batch_size {args.batch_size} cannot be shared by {world} process(es) in {args.accumulate} "
+                         f"part(s) each: choose a multiple of {parts}")
+    say = print if rank == 0 else lambda *_, **__: None
     dtype, reason = fsdm.choose_precision(device, args.precision)
     compiled, why = choose_compile(device, args.no_compile)
-    print(f"device {device}, {str(dtype)[6:]} ({reason}), {'compiled' if compiled else 'eager'} ({why})")
+    say(f"device {device}{f' and {world - 1} more' if world > 1 else ''}, {str(dtype)[6:]} ({reason}), "
+        f"{'compiled' if compiled else 'eager'} ({why})")
     torch.set_float32_matmul_precision("high")                              # TF32 where it exists
+    if args.benchmark:
+        return benchmark(config, args, device, dtype, compiled)
 
+    if rank > 0 and args.download:
+        anyone(False)                                                       # waits until rank 0 has fetched it
     data = fsdm.load_data(args.dataset, args.data_dir, config.image_size, config.in_channels, args.download)
+    if rank == 0 and args.download:
+        anyone(False)
     fsdm.check_data(data, config.sample_size)
     data = {name: split.to(device) for name, split in data.items()}
-    print(f"{args.dataset}: " + ", ".join(f"{len(s.images):,} images of {len(s.names):,} {name} classes"
-                                          for name, s in data.items()))
-    model = FSDM(config).to(device)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    out, step = Path(args.out_dir), 0
+    say(f"{args.dataset}: " + ", ".join(f"{len(s.images):,} images of {len(s.names):,} {name} classes"
+                                        for name, s in data.items()))
+    training, out, step = make_training(config, args, device, dtype), Path(args.out_dir), 0
+    if args.restart and rank == 0:
+        move_aside(out)
+    anyone(False)                                                           # every process sees the same out_dir now
     ckpt = out / "ckpt.pt"
-    if ckpt.exists():
-        step = load_training(ckpt, args, config, model, ema, optimizers, scaler)
-        print(f"going on from {ckpt} at step {step:,}")
-    inception = load_inception(args, device) if args.compute_fid else None
-    out.mkdir(parents=True, exist_ok=True)
-    log = Log(out / "log.jsonl", step)
+    source = ckpt if ckpt.exists() or not args.resume else Path(args.resume)
+    if source.exists() or args.resume:
+        step = load_training(source, args, config, training)
+        say(f"going on from {source} at step {step:,}")
+    inception = load_inception(args, device) if args.compute_fid and rank == 0 else None
+    model, net, log = training.model, training.model, say
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        log = Log(out / "log.jsonl", step, source.with_name("log.jsonl"))
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.batch_size} sets of {config.sample_size} "
         f"images a step{'; the first step compiles, which takes a minute or more' if compiled else ''}",
-        step=step, args=vars(args), config=dataclasses.asdict(config), device=str(device), dtype=str(dtype),
-        compiled=compiled, torch=torch.__version__)
+        step=step, args=vars(args), config=dataclasses.asdict(config), device=str(device), processes=world,
+        dtype=str(dtype), compiled=compiled, torch=torch.__version__)
     if compiled:
         compile_in_place(model, device, dtype)
+    if world > 1:
+        net = DistributedDataParallel(model, broadcast_buffers=False)
+
+    def batch(step, part):                                                  # a function that draws it
+        return lambda: draw_batch(data["train"], args.batch_size // parts, config,
+                                  rng(device, args.seed, TRAINING, step, part), config.vary_support,
+                                  config.context_dropout)
 
     stop = []                                                               # a signal asks for the last save
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(1))
-    images_per_step = args.batch_size * config.sample_size
-    losses, clock, first, room = [], (time.time(), step), step, 20.0       # room: seconds the last save may need
+    clock, first, room = (time.time(), step), step, 20.0                    # room: seconds the last save may need
+    skipped = in_a_row = torch.zeros((), device=device)
     deadline = started + args.max_hours * 3600 if args.max_hours is not None else math.inf
-    while step < args.max_steps and not stop and time.time() + room < deadline:
-        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-            group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup_steps),
-                                        (args.max_steps - step) / max(1, args.cooldown_steps))
-        generator = rng(device, args.seed, TRAINING, step)
-        batch = draw_batch(data["train"], args.batch_size, config, generator,
-                           config.vary_support, config.context_dropout)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(*batch).mean()
-        scaler.scale(loss).backward()
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-        if len(optimizers) == 1:
-            scaler.step(optimizers[0])
-        elif not scaler.is_enabled() or norm.isfinite():    # fp16: both or neither (the check waits for the GPU)
-            for optimizer in optimizers:
-                optimizer.step()
-        scaler.update()
-        model.zero_grad(set_to_none=True)
+    saved, shown = time.time(), None                                        # when, and the step of the last picture
+    while step < args.max_steps and not anyone(bool(stop) or time.time() + room > deadline):
+        mine = range(rank * args.accumulate, (rank + 1) * args.accumulate)
+        bad = train_step(net, training, [batch(step, part) for part in mine], args, dtype, step)
         step += 1
-        update_ema(ema, model, step, args.ema_decay)
-        losses.append(loss.detach())                # .item() here would wait for the GPU at every step
+        skipped, in_a_row = skipped + bad, (in_a_row + 1) * bad
         if step == first + 1 and step % args.log_interval:
             clock = (time.time(), step)             # compiling is not training speed
 
         if step % args.log_interval == 0:
-            value = torch.stack(losses).mean().item()
-            if not math.isfinite(value):
-                raise ValueError(f"loss is {value} at step {step}: lower --lr, or train with --precision fp32; "
-                                 f"{ckpt} is as it was")
-            rate = (step - clock[1]) * images_per_step / (time.time() - clock[0])
-            left = min(deadline - time.time(), (args.max_steps - step) * images_per_step / rate)
-            log(f"step {step:>7,}  loss {value:.4f}  {rate:,.0f} images/s  {left / 60:,.0f} min left",
-                step=step, loss=value, images_per_second=rate, seconds=time.time() - started)
-            losses, clock = [], (time.time(), step)
-        if step % args.save_interval == 0:
-            room = save(args, step, model, ema, optimizers, scaler, data["val"], dtype, inception, log)
-            clock = (clock[0] + room, clock[1])
-            room = max(20.0, 1.5 * room)
-    if step % args.save_interval or not ckpt.exists():
-        save(args, step, model, ema, optimizers, scaler, data["val"], dtype, inception, log)
-    print(f"stopped at step {step:,} after {(time.time() - started) / 60:.1f} minutes; "
-          f"the same command{' with a larger --max_steps' if step >= args.max_steps else ''} goes on, "
-          f"python sample.py --ckpt {ckpt} --support your images generates")
+            mean = torch.stack(training.history).nanmean(0)
+            if world > 1:
+                dist.all_reduce(mean)
+            value, norm = (mean / world).tolist()
+            if in_a_row >= PATIENCE:
+                raise ValueError(f"the last {int(in_a_row)} gradients were not finite (step {step}): lower --lr, or "
+                                 f"train with --precision fp32; {ckpt} is as it was")
+            rate = (step - clock[1]) * args.batch_size * config.sample_size / (time.time() - clock[0])
+            left = min(deadline - time.time(), (args.max_steps - step) * args.batch_size * config.sample_size / rate)
+            log(f"step {step:>7,}  loss {value:.4f}  {rate:,.0f} images/s  {left / 60:,.0f} min left"
+                + (f"  {int(skipped)} steps skipped: not finite" if skipped else ""),
+                step=step, loss=value, grad_norm=norm, skipped=int(skipped), images_per_second=rate,
+                seconds=time.time() - started)
+            training.history.clear()
+            clock = (time.time(), step)
+        if rank == 0 and (step % args.save_interval == 0 or time.time() - saved > SAVE_SECONDS):
+            began = time.time()
+            try:
+                write_checkpoint(ckpt, step, training, args)
+                if step % args.save_interval == 0:
+                    look(args, step, training.ema, data["val"], dtype, inception, log)
+                    shown = step
+            except OSError as error:
+                log(f"step {step:>7,}  not saved: {error}; {ckpt} is as it was and training goes on", step=step)
+            saved = time.time()
+            clock, room = (clock[0] + saved - began, clock[1]), max(room, 1.5 * (saved - began))
+    if rank == 0 and shown != step:
+        write_checkpoint(ckpt, step, training, args)
+        look(args, step, training.ema, data["val"], dtype, inception, log)
+    if world > 1:
+        anyone(False)                                                       # nobody leaves before the last save
+        dist.destroy_process_group()
+    say(f"stopped at step {step:,} after {(time.time() - started) / 60:.1f} minutes; "
+        f"the same command{' with a larger --max_steps' if step >= args.max_steps else ''} goes on, "
+        f"python sample.py --ckpt {ckpt} --support your images generates")
 
 
-def save(args, step, model, ema, optimizers, scaler, split, dtype, inception, log):
-    """The checkpoint first, then validation and a picture of unseen classes. -> the seconds it took."""
-    began, out = time.time(), Path(args.out_dir)
-    if not torch.stack(torch._foreach_norm(list(model.parameters()))).isfinite().all():
+def benchmark(config, args, device, dtype, compiled):
+    """Prints time, arithmetic and memory of training steps and of sampling, on random images; trains nothing."""
+    size, sets = config.sample_size, args.batch_size // args.accumulate
+    images = torch.randint(0, 256, (64 * size, config.in_channels, *(config.image_size,) * 2), dtype=torch.uint8)
+    split = fsdm.Split(images.to(device), torch.arange(0, 64 * size + 1, size, device=device), [""] * 64, size)
+    training = make_training(config, args, device, dtype)
+    draw = lambda sets: draw_batch(split, sets, config, rng(device, 0), config.vary_support, config.context_dropout)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):   # fused attention counts as none
+        training.model(*draw(1)).mean().backward()
+    flops = counter.get_total_flops() / size                                # an image, forward and backward
+    if compiled:
+        compile_in_place(training.model, device, dtype)
+    rate = fsdm.matmul_rate(device, dtype, 4096 if device.type == "cuda" else 1024)
+
+    def report(name, count, run):
+        run(), run()                                                        # compiles, fills caches
+        began, times = time.time(), []
+        while len(times) < 5 or len(times) < 50 and time.time() - began < 20:
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        times = sorted(times)
+        median = times[len(times) // 2]
+        print(f"{name}: {median * 1000:,.1f} ms (median of {len(times)}, {times[0] * 1000:,.1f} to "
+              f"{times[-1] * 1000:,.1f}), {count / median:,.1f} images/s, peak memory {peak_memory(device):.2f} GiB")
+        return count / median
+
+    speed = report(f"training, {args.batch_size} sets of {size}", args.batch_size * size, lambda: train_step(
+        training.model, training, [lambda: draw(sets)] * args.accumulate, args, dtype, 0))
+    print(f"  {flops / 1e9:.2f} GFLOP an image, {speed * flops / 1e12:.3f} TFLOP/s: {speed * flops / rate:.0%} of this "
+          f"machine's matrix products ({rate / 1e12:.2f} TFLOP/s in {str(dtype)[6:]})")
+    support = images[:8 * (size - 1)].view(8, size - 1, *images.shape[1:]).to(device)
+    report("sampling, 8 sets x 8 images, 2m in 20 steps", 64, lambda: sample.generate(training.ema, support, 8, dtype))
+
+
+def peak_memory(device):
+    """-> GiB: of tensors on a GPU, of the whole process on a CPU (nan on Windows, which does not say)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+def write_checkpoint(path, step, training, args):
+    """Replaces path whole or not at all. Raises ValueError when the weights are not finite, OSError on a full disk."""
+    if not torch.stack(torch._foreach_norm(list(training.model.parameters()))).isfinite().all():
         raise ValueError(f"the weights are not finite at step {step}: lower --lr, or train with --precision fp32; "
-                         f"{out / 'ckpt.pt'} is as it was")
-    state = dict(config=dataclasses.asdict(model.config), step=step, model=model.state_dict(), ema=ema.state_dict(),
-                 optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(), dataset=args.dataset,
+                         f"{path} is as it was")
+    state = dict(training.state(), config=dataclasses.asdict(training.model.config), step=step, dataset=args.dataset,
                  optimizer=args.optimizer)
-    write_whole(out / "ckpt.pt", lambda p: torch.save(state, p))
-    scores = validate(ema, split, args, dtype)
-    support, _ = sample.draw_support(split, 4 * args.num_sample_batches, model.config.sample_size - 1,
-                                  args.seed, PICTURE)
+
+    def write(file):
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:                       # torch's archive writer hides what the disk said
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
+    write_whole(path, write)
+
+
+def look(args, step, ema, split, dtype, inception, log):
+    """Shows the averaged weights on unseen classes: loss, context gain, a picture, few-shot scores if asked for."""
+    out, scores = Path(args.out_dir), validate(ema, split, args, dtype)
+    support, _ = sample.draw_support(split, 4 * args.num_sample_batches, ema.config.sample_size - 1, args.seed, PICTURE)
     with torch.autocast(split.images.device.type, dtype, enabled=dtype != torch.float32):
         samples = fsdm.sample(ema, support, 8, guidance=2.0 if hasattr(ema, "null") else 1.0, seed=args.seed)
-    write_whole(out / f"samples_{step:07d}.png", lambda p: sample.grid(support, samples).save(p, "png"))
+    write_whole(out / f"samples_{step:07d}.png", lambda file: sample.grid(support, samples).save(file, "png"))
     if inception is not None:
         try:
             scores["few_shot"], n = sample.evaluate(ema, split, inception, args.fid_num_samples, support.shape[1],
@@ -346,7 +532,6 @@ def save(args, step, model, ema, optimizers, scaler, split, dtype, inception, lo
             print(f"no few-shot scores: {error}")
     log(f"step {step:>7,}  unseen classes: loss {scores['val_loss']:.4f}, context gain {scores['context_gain']:.4f}, "
         f"picture samples_{step:07d}.png", step=step, **scores)
-    return time.time() - began
 
 
 if __name__ == "__main__":

@@ -463,7 +463,11 @@ def test_a_checkpoint_comes_back_whole_and_strangers_are_refused(tmp_path):
     torch.save(dict(state, config=dict(state["config"], depth=3)), tmp_path / "shape.pt")
     torch.save(dict(state, config=print), tmp_path / "code.pt")
     (tmp_path / "text.pt").write_text("hello")
-    for name in ("shape", "code", "text"):
+    for name, change in dict(huge=dict(hidden_size=8192 * 6, num_heads=1), deep=dict(depth=10 ** 9),
+                             words=dict(depth="6"), many=dict(image_size=8192, patch_size=1, depth=512)).items():
+        torch.save(dict(state, config=dict(state["config"], **change)), tmp_path / f"{name}.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for name in ("shape", "code", "text", "huge", "deep", "words", "many", "list"):
         with pytest.raises(ValueError, match="is not a checkpoint of this program"):
             fsdm.load_model(tmp_path / f"{name}.pt")
     with pytest.raises(OSError, match="nothing.pt"):

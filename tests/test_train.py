@@ -1,6 +1,9 @@
 """Claims about the training program, on a model that trains in seconds."""
 import copy
+import dataclasses
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,8 +14,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fsdm
+import kill
 import train
 
+HERE = Path(__file__).parent.parent
 SMALL = """--image_size 8 --patch_size 4 --encoder_patch_size 4 --hidden_size 32 --hdim 32 --depth 2 --num_heads 2
     --encoder_depth 1 --sample_size 4 --diffusion_steps 50 --batch_size 4 --log_interval 2
     --save_interval 4 --num_eval_batches 2 --precision fp32 --device cpu --no_compile
@@ -32,15 +37,6 @@ def run(glyph_file, out, *flags):
     return torch.load(Path(out) / "ckpt.pt", weights_only=True)
 
 
-def same(a, b):
-    """Bit for bit, through dicts and lists."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
-
-
 @pytest.mark.parametrize("flags", (["--mode_conditioning", "lag"], ["--mode_conditioning", "film", "--encoder", "none"],
                                    ["--encoder", "stacked", "--optimizer", "adamw", "--precision", "bf16"]))
 def test_a_resumed_run_equals_one_that_never_stopped(glyph_file, tmp_path, flags):
@@ -49,11 +45,9 @@ def test_a_resumed_run_equals_one_that_never_stopped(glyph_file, tmp_path, flags
     with open(tmp_path / "b" / "log.jsonl", "a") as log:                    # a line that outlived its checkpoint
         log.write(json.dumps(dict(step=6, loss=0.0)) + "\n")
     resumed = run(glyph_file, tmp_path / "b", "--max_steps", "8", *flags)
-    assert straight["step"] == 8 and same(straight, resumed)
-    losses = [{r["step"]: r["loss"] for r in map(json.loads, open(tmp_path / d / "log.jsonl")) if "loss" in r}
-              for d in "ab"]
-    assert list(losses[0]) == list(losses[1]) == [2, 4, 6, 8]               # nothing doubled, nothing missing
-    assert losses[0][8] == losses[1][8] and losses[1][6] > 0
+    assert straight["step"] == 8 and kill.same(straight, resumed)
+    losses = kill.losses(tmp_path / "a")
+    assert losses == kill.losses(tmp_path / "b") and [step for step, _ in losses] == [2, 4, 6, 8]
 
 
 def test_a_run_leaves_what_it_says(glyph_file, tmp_path, capsys):
@@ -62,6 +56,7 @@ def test_a_run_leaves_what_it_says(glyph_file, tmp_path, capsys):
     assert "fp32 (as asked for)" not in said and "float32 (as asked for), eager (as asked for)" in said
     records = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
     assert [r["step"] for r in records] == [0, 2, 4, 4] and "context_gain" in records[-1]
+    assert records[1]["skipped"] == 0 and records[1]["grad_norm"] > 0
     picture = Image.open(tmp_path / "samples_0000004.png")
     assert picture.size == ((3 + 8) * (8 * 2 + 2) + 8, 8 * (8 * 2 + 2))     # 3 support images | 8 samples, 8 sets
     assert fsdm.load_model(tmp_path / "ckpt.pt").config.hidden_size == 32
@@ -199,16 +194,150 @@ def test_flags_that_contradict_the_checkpoint_are_named_and_it_stays(glyph_file,
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("log_interval", ("2", "100"))
-def test_a_loss_that_is_not_finite_stops_before_the_checkpoint_is_replaced(glyph_file, tmp_path, monkeypatch,
-                                                                           log_interval):
+def poison(monkeypatch, steps):
+    """From now on the losses of these calls are not a number."""
+    forward, calls = fsdm.FSDM.forward, []
+
+    def poisoned(self, *batch, **options):
+        calls.append(1)
+        return forward(self, *batch, **options) * (float("nan") if len(calls) in steps else 1)
+    monkeypatch.setattr(fsdm.FSDM, "forward", poisoned)
+
+
+@pytest.mark.parametrize("optimizer", ("adamw", "muon"))
+def test_a_step_that_is_not_finite_is_skipped_and_counted(glyph_file, monkeypatch, optimizer):
+    args, config = train.parse_args([*SMALL, "--optimizer", optimizer])
+    torch.manual_seed(0)
+    training = train.make_training(config, args, torch.device("cpu"), torch.float32)
+    split = fsdm.load_data(glyph_file, None, 8, 3)["train"]
+    draw = lambda: train.draw_batch(split, 4, config, fsdm.rng("cpu", 0), True, 0.1)
+    step = lambda: bool(train.train_step(training.model, training, [draw], args, torch.float32, 0))
+    assert not step()
+    before = copy.deepcopy(training.state())
+    poison(monkeypatch, {1})
+    assert step()
+    after = training.state()
+    assert kill.same([before["model"], before["optimizers"]], [after["model"], after["optimizers"]])
+    assert not step() and not kill.same(before["model"], training.model.state_dict())
+    assert [row.isnan().any().item() for row in training.history] == [False, True, False]
+
+
+def test_a_run_that_only_skips_stops_with_a_sentence_and_keeps_its_checkpoint(glyph_file, tmp_path, monkeypatch):
     run(glyph_file, tmp_path, "--max_steps", "2")
     before = (tmp_path / "ckpt.pt").read_bytes()
-    forward = fsdm.FSDM.forward
-    monkeypatch.setattr(fsdm.FSDM, "forward", lambda *a, **k: forward(*a, **k) * float("nan"))
+    poison(monkeypatch, range(10_000))
+    monkeypatch.setattr(train, "PATIENCE", 3)
     with pytest.raises(ValueError, match="lower --lr"):
-        run(glyph_file, tmp_path, "--max_steps", "8", "--log_interval", log_interval)
+        run(glyph_file, tmp_path, "--max_steps", "80", "--save_interval", "1000")
     assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(glyph_file, tmp_path):
+    args, config = train.parse_args(SMALL)
+    training = train.make_training(config, args, torch.device("cpu"), torch.float32)
+    train.write_checkpoint(tmp_path / "ckpt.pt", 1, training, args)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    training.model.dit.out.bias.data[0] = float("inf")
+    with pytest.raises(ValueError, match="not finite"):
+        train.write_checkpoint(tmp_path / "ckpt.pt", 2, training, args)
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+# ---- A run never loses work.
+
+def test_killed_at_random_moments_it_ends_as_if_never_killed(tmp_path):
+    done = subprocess.run([sys.executable, HERE / "tests" / "kill.py", "4"], capture_output=True, text=True)
+    assert done.returncode == 0 and "equal bit for bit" in done.stdout, done.stderr
+
+
+FULL_DISK = """
+import resource, sys, train
+limit = [int(sys.argv.pop(1)) for _ in "12"]
+resource.setrlimit(resource.RLIMIT_FSIZE, limit)               # no file may grow beyond so many bytes
+train.main(sys.argv[1:])
+"""
+
+
+def test_a_full_disk_is_said_and_keeps_the_checkpoint_while_training_goes_on(glyph_file, tmp_path):
+    kept = run(glyph_file, tmp_path, "--max_steps", "2")
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, "100000", "100000", *SMALL, "--max_steps", "10",
+                           "--dataset", glyph_file, "--out_dir", str(tmp_path)],
+                          capture_output=True, text=True, cwd=HERE)
+    assert done.stdout.count("training goes on") == 2 and "step      10  loss" in done.stdout     # at 4 and at 8
+    assert done.returncode and "File too large" in done.stderr                                    # the last one counts
+    assert kill.same(kept, torch.load(tmp_path / "ckpt.pt", weights_only=True))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_restart_moves_the_old_run_aside_and_resume_goes_on_from_elsewhere(glyph_file, tmp_path):
+    old = run(glyph_file, tmp_path / "a", "--max_steps", "4")
+    new = run(glyph_file, tmp_path / "a", "--max_steps", "2", "--restart")
+    assert new["step"] == 2 and kill.same(old, torch.load(tmp_path / "a_1" / "ckpt.pt", weights_only=True))
+    assert (tmp_path / "a_1" / "log.jsonl").exists()
+    flags = ("--max_steps", "8", "--resume", str(tmp_path / "a_1" / "ckpt.pt"))
+    straight = run(glyph_file, tmp_path / "b", "--max_steps", "8")
+    assert kill.same(straight, run(glyph_file, tmp_path / "c", *flags))
+    assert kill.losses(tmp_path / "c") == kill.losses(tmp_path / "b")       # the log came along
+    with pytest.raises(OSError):
+        run(glyph_file, tmp_path / "d", "--resume", str(tmp_path / "nothing.pt"))
+    assert not (tmp_path / "d").exists()
+
+
+# ---- Several processes, parts of a batch.
+
+def torchrun(processes, *flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run([*command, "train.py", *SMALL, *flags], capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def far(a, b):
+    """The largest difference between two state dicts of tensors."""
+    return max((a[key] - b[key]).abs().max().item() for key in a)
+
+
+def test_two_processes_equal_one_with_the_joint_batch_and_resume_bit_for_bit(glyph_file, tmp_path):
+    flags = ["--dataset", glyph_file, "--lr", "1e-3"]
+    said = torchrun(2, *flags, "--out_dir", str(tmp_path / "two"), "--max_steps", "4")
+    assert said.count("step       4  loss") == 1                            # one of them speaks and writes
+    torchrun(2, *flags, "--out_dir", str(tmp_path / "stop"), "--max_steps", "2")
+    torchrun(2, *flags, "--out_dir", str(tmp_path / "stop"), "--max_steps", "4")
+    run(glyph_file, tmp_path / "parts", *flags, "--max_steps", "4", "--accumulate", "2")
+    two, stop, parts = (torch.load(tmp_path / d / "ckpt.pt", weights_only=True) for d in ("two", "stop", "parts"))
+    assert kill.same(two, stop)
+    assert kill.losses(tmp_path / "two") == kill.losses(tmp_path / "stop")
+
+    args, config = train.parse_args([*SMALL, *flags, "--max_steps", "4"])   # and by hand, the two halves as one batch
+    torch.manual_seed(0)
+    joint, split = train.make_training(config, args, torch.device("cpu"), torch.float32), fsdm.load_data(
+        glyph_file, None, 8, 3)["train"]
+    for step in range(4):
+        halves = [train.draw_batch(split, 2, config, fsdm.rng("cpu", 0, train.TRAINING, step, part), True, 0.1)
+                  for part in range(2)]
+        train.train_step(joint.model, joint, [lambda: [torch.cat(h) for h in zip(*halves)]], args, torch.float32, step)
+    for name in ("model", "ema"):
+        assert max(far(two[name], other[name]) for other in (parts, joint.state())) < 1e-5
+    for a, b in zip(two["optimizers"], joint.state()["optimizers"], strict=True):
+        assert max(far(a["state"][i], b["state"][i]) for i in a["state"]) < 1e-5
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(glyph_file, tmp_path):
+    with pytest.raises(ValueError, match="multiple of 3"):
+        run(glyph_file, tmp_path / "out", "--max_steps", "1", "--accumulate", "3")
+
+
+@pytest.mark.parametrize("capability, works", [((7, 5), True), ((6, 0), False), ((8, 9), True), ((9, 0), True),
+                                               ((10, 3), True), ((12, 1), True)])
+def test_a_gpu_without_kernels_is_known(capability, works):
+    assert fsdm.has_kernels(capability, ["sm_75", "sm_80", "sm_86", "sm_90a", "sm_100f", "compute_120"]) == works
+
+
+def test_the_benchmark_measures_and_writes_nothing(tmp_path, capsys):
+    train.main([*SMALL, "--benchmark", "--out_dir", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("training, 4 sets of 4:", "GFLOP an image", "sampling", "peak memory"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_inception_weights_are_said_once_and_training_goes_on(glyph_file, tmp_path, capsys):
