@@ -39,17 +39,20 @@ class Config:
     image_size: int = 32                    # pixels a side; sources are cropped square and resized to it
     in_channels: int = 3                    # 1 grey, 3 RGB
     sample_size: int = 6                    # images per training set; each is generated from the others
+    denoiser: str = "dit"                   # a key of DENOISERS: dit, or the dilated convolutions of DDPM on MNIST
     patch_size: int = 2                     # pixels a side of one token
-    hidden_size: int = 384                  # width of the DiT
-    depth: int = 12                         # blocks of the DiT
+    hidden_size: int = 384                  # width of the denoiser
+    depth: int = 12                         # blocks of the DiT, or convolutions
     num_heads: int = 6                      # attention heads
     mlp_ratio: float = 4.0                  # width of the DiT's MLP over hidden_size
+    fourier_features: bool = False          # show the DiT sines of its input too: the last faint noise, made visible
     depthwise_conv: bool = False            # a 3x3 depthwise convolution on the token grid before every DiT block
     encoder: str = "stacked"                # a key of ENCODERS: what reads the support
     encoder_depth: int = 6                  # blocks of the set encoder
     encoder_patch_size: int = 2             # pixels a side of one context token
     hdim: int = 384                         # width of the set encoder and of the context
     mode_conditioning: str = "film"         # film: a context vector; lag: and every block attends to context tokens
+    mode_context: str = "deterministic"     # or variational: a draw from a Gaussian that a KL holds near N(0, I)
     context_dropout: float = 0.0            # share of targets trained on the null context (guidance needs some)
     vary_support: bool = False              # train each target on 1 .. sample_size - 1 of the others, not on all
     diffusion_steps: int = 250              # T
@@ -77,9 +80,14 @@ class Config:
                  f"{name} {getattr(self, name)} does not divide image_size {self.image_size}")
         need(self.hidden_size % self.num_heads == 0,
              f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
+        need(self.denoiser in DENOISERS, f"denoiser '{self.denoiser}': expected one of {sorted(DENOISERS)}")
+        need(self.denoiser == "dit" or self.encoder == "none",
+             f"denoiser {self.denoiser} is conditioned on time only: pass --encoder none")
         need(self.encoder in ENCODERS, f"encoder '{self.encoder}': expected one of {sorted(ENCODERS)}")
         need(self.mode_conditioning in ("film", "lag"),
              f"mode_conditioning '{self.mode_conditioning}': expected film or lag")
+        need(self.mode_context in ("deterministic", "variational"),
+             f"mode_context '{self.mode_context}': expected deterministic or variational")
         need(self.schedule in SCHEDULES, f"schedule '{self.schedule}': expected one of {sorted(SCHEDULES)}")
         need(self.prediction in ("noise", "v"), f"prediction '{self.prediction}': expected noise or v")
         need(self.encoder == "none" or self.sample_size >= 2,
@@ -89,7 +97,7 @@ class Config:
 
 
 FEW_SHOT = dict(encoder="image", mode_conditioning="lag", context_dropout=0.1, vary_support=True,
-                depthwise_conv=True, schedule="cosine", prediction="v")
+                depthwise_conv=True, fourier_features=True, schedule="cosine", prediction="v")
 PRESETS = {
     # learns something worth seeing in 15 minutes on two CPU cores
     "demo": dict(FEW_SHOT, image_size=24, patch_size=4, hidden_size=192, depth=6, num_heads=3,
@@ -98,6 +106,9 @@ PRESETS = {
     "reference": dict(),
     # the documents' wide and shallow configuration: 37,739,262 parameters
     "wide": dict(hidden_size=450, depth=6, num_heads=9, hdim=450),
+    # the documents' DDPM on MNIST, unconditional: 4,869,377 parameters (the digits are split by class like all data)
+    "mnist": dict(image_size=28, in_channels=1, sample_size=1, denoiser="conv", hidden_size=256, depth=8, num_heads=1,
+                  encoder="none", diffusion_steps=1000),
     # our recommendation for one T4
     "t4": dict(FEW_SHOT, hidden_size=384, depth=8, num_heads=6, encoder_depth=4, encoder_patch_size=4, hdim=384),
 }
@@ -559,6 +570,12 @@ class Context(NamedTuple):
     vector: torch.Tensor                    # [B, n, hdim]
     keys_values: list                       # for each block ([B, M, heads, d], [B, M, heads, d]); empty under film
     mask: torch.Tensor                      # bool [B, n, M]: which of the M tokens a target may look at
+    kl: torch.Tensor | None = None          # [B, n] of a variational context
+
+
+# Kingma et al. 2021 (Variational Diffusion Models), appendix C: at low noise x differs from a clean picture by less
+# than a linear embedding (in bf16) can tell; its sine at these frequencies, 2^k pi, moves by as much as x itself can
+FOURIER_POWERS = (2, 4, 6)
 
 
 class DiT(nn.Module):
@@ -566,7 +583,8 @@ class DiT(nn.Module):
         super().__init__()
         D, self.patch = config.hidden_size, config.patch_size
         pixels = self.patch ** 2 * config.in_channels
-        self.embed = nn.Linear(pixels, D, bias=False)
+        self.powers = FOURIER_POWERS if config.fourier_features else ()
+        self.embed = nn.Linear(pixels * (1 + 2 * len(self.powers)), D, bias=False)
         self.pos = nn.Parameter(position_table((config.image_size // self.patch) ** 2, D))
         self.time = nn.Sequential(nn.Linear(256, D, bias=False), nn.SiLU(), nn.Linear(D, D, bias=False))
         self.time_scale = 1000 / config.diffusion_steps
@@ -576,6 +594,18 @@ class DiT(nn.Module):
             DiTBlock(D, config.num_heads, int(D * config.mlp_ratio), context_width, config.depthwise_conv)
             for _ in range(config.depth))
         self.norm, self.ada, self.out = nn.LayerNorm(D), nn.Linear(D, 2 * D), nn.Linear(D, pixels)
+
+    def initialise(self):
+        """Small normals for the time embedding, zeros where a branch or the output begins (adaLN-Zero), and for the
+        Fourier features, which are noise themselves until there is little of it."""
+        pixels = self.out.out_features
+        nn.init.xavier_uniform_(self.embed.weight[:, :pixels])
+        nn.init.zeros_(self.embed.weight[:, pixels:])
+        for layer in (self.time[0], self.time[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for layer in [block.ada for block in self.blocks] + [self.ada, self.out]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def keys_values(self, tokens):
         """Context tokens [B, M, hdim] -> the keys and values of every block, the same at every time: made once."""
@@ -592,12 +622,42 @@ class DiT(nn.Module):
                 keys_values = context.keys_values
                 mask = context.mask[:, :, None].expand(-1, -1, N, -1).flatten(1, 2)[:, None]    # [B, 1, n * N, M]
         c = F.silu(c)
-        x = self.embed(patchify(x.flatten(0, 1), self.patch)) + self.pos        # [B * n, N, D]
+        x = x.flatten(0, 1)                                                     # [B * n, C, H, W]
+        x = torch.cat([x, *(f(2 ** k * math.pi * x) for k in self.powers for f in (torch.sin, torch.cos))], 1)
+        x = self.embed(patchify(x, self.patch)) + self.pos                      # [B * n, N, D]
         for block, kv in zip(self.blocks, keys_values):
             x = block(x, c, kv, mask)
         shift, scale = self.ada(c)[:, None].chunk(2, dim=2)                     # [B * n, 1, D] each
         x = self.out(modulate(self.norm(x), shift, scale))                      # [B * n, N, p * p * C]
         return unpatchify(x, self.patch).unflatten(0, (B, n))                   # [B, n, C, H, W]
+
+
+class DilatedConv(nn.Module):
+    """DDPM on digits: convolutions at full resolution, dilated 1, 1, 3, 3, 9, 9, ..., conditioned on time only."""
+    def __init__(self, config):
+        super().__init__()
+        D, dilations = config.hidden_size, [3 ** (i // 2) for i in range(config.depth)]
+        self.time_scale = 1000 / config.diffusion_steps
+        self.time = nn.Sequential(nn.Conv2d(256, D, 1), nn.SiLU(), nn.Conv2d(D, D, 1))
+        self.embed = nn.Conv2d(config.in_channels, D, 7, padding=3)
+        self.blocks = nn.ModuleList(nn.Conv2d(D, D, 3, padding=d, dilation=d) for d in dilations)
+        self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(8, D), D) for _ in dilations)
+        self.out = nn.Conv2d(D, config.in_channels, 1)
+
+    def initialise(self):
+        """Convolutions begin as torch makes them."""
+
+    def forward(self, x, t, context=None):
+        """x [B, n, C, H, W] noisy images, t int [B, n] -> [B, n, C, H, W], noise or v. There is no context."""
+        time = self.time(timestep_embedding(t.flatten() * self.time_scale)[:, :, None, None])       # [B * n, D, 1, 1]
+        y = self.embed(x.flatten(0, 1))                                         # [B * n, D, H, W]
+        for conv, norm in zip(self.blocks, self.norms):
+            h = y + time
+            y = F.silu(norm(h + conv(h)))                                       # [B * n, D, H, W]
+        return self.out(y).unflatten(0, x.shape[:2])                            # [B, n, C, H, W]
+
+
+DENOISERS = {"dit": DiT, "conv": DilatedConv}
 
 
 # ---- Diffusion: x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise, t = 0 .. T - 1   (DDPM eq. 4)
@@ -625,11 +685,23 @@ def leave_one_out(sets, size, generator, vary=False, dropout=0.0):
     device = generator.device
     keys = torch.rand(sets, size, size, generator=generator, device=device)
     keys = keys + 2 * torch.eye(size, device=device)                            # the target itself comes last
-    count = torch.randint(1, 2 * size - 1, (sets, size, 1), generator=generator, device=device).clamp(max=size - 1)
+    count = torch.randint(1, max(2, 2 * size - 1), (sets, size, 1), generator=generator, device=device)
+    count = count.clamp(max=size - 1)
     if not vary:
         count = torch.full_like(count, size - 1)
     dropped = torch.rand(sets, size, 1, generator=generator, device=device) < dropout
     return (keys.argsort(2).argsort(2) < count) & ~dropped
+
+
+def context_noise(config, targets, images, randn):
+    """-> what a variational context of that many targets and support images is drawn with, for FSDM.read; randn makes
+    normal numbers of a shape, with B in front of it."""
+    if config.encoder == "none" or config.mode_context == "deterministic":
+        return None, None
+    groups = targets if config.encoder == "stacked" else images
+    tokens = (config.image_size // config.encoder_patch_size) ** 2
+    return (randn(targets, config.hdim),
+            randn(groups, tokens, config.hdim) if config.mode_conditioning == "lag" else None)
 
 
 def to_signal(images):
@@ -650,51 +722,67 @@ class FSDM(nn.Module):
         self.config = config
         make = ENCODERS[config.encoder]
         self.encoder = make(config) if make else None
-        self.dit = DiT(config)
+        self.denoiser = DENOISERS[config.denoiser](config)
         if make and config.context_dropout:
             self.null = nn.Parameter(torch.randn(config.hdim) * 0.02)           # the null context: no support at all
+        if make and config.mode_context == "variational":
+            self.posterior = nn.Sequential(nn.Linear(config.hdim, config.hdim), nn.GELU(),
+                                           nn.Linear(config.hdim, 2 * config.hdim))
         self.schedule = SCHEDULES[config.schedule](config.diffusion_steps)      # float64 [T], on the CPU, for samplers
         self.register_buffer("alpha_bar", self.schedule.float(), persistent=False)
         self.initialise()
 
     def initialise(self):
-        """DiT's: Xavier for matrices, small normals for embeddings, zeros where a branch or the output begins."""
+        """DiT's: Xavier for matrices; the denoiser knows where zeros begin."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for layer in (self.dit.time[0], self.dit.time[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        for layer in [block.ada for block in self.dit.blocks] + [self.dit.ada, self.dit.out]:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.denoiser.initialise()
 
-    def read(self, images, sees):
-        """Images [B, K, C, H, W] in [-1, 1] and who sees whom, bool [B, n, K] -> Context, or None without encoder."""
+    def infer(self, h, noise):
+        """q(c | h) = N(mu, sigma^2) -> c = mu + sigma noise (mu when noise is None), and KL(q || N(0, I)), the sum over
+        the last dimension (Kingma and Welling 2014, appendix B)."""
+        mu, log_var = self.posterior(h).float().chunk(2, dim=-1)
+        kl = (mu.square() + log_var.exp() - 1 - log_var).sum(-1) / 2
+        return mu if noise is None else mu + (log_var / 2).exp() * noise, kl
+
+    def read(self, images, sees, drawn=(None, None)):
+        """Images [B, K, C, H, W] in [-1, 1] and who sees whom, bool [B, n, K] -> Context, or None without encoder.
+
+        drawn: what context_noise returns, to draw a variational context; the default is its mean."""
         if self.encoder is None:
             return None
         vector, tokens, looks = self.encoder(images, sees)                      # [B, n, D], [B, G, N, D], [B, n, G]
+        nothing, kl = ~sees.any(2, keepdim=True), None                          # [B, n, 1]
+        if hasattr(self, "posterior"):
+            vector, kl = self.infer(vector, drawn[0])                           # [B, n]
+            if self.config.mode_conditioning == "lag":
+                tokens, each = self.infer(tokens, drawn[1])                     # [B, G, N]
+                kl = kl + (looks * each.sum(2)[:, None]).sum(2)                 # of the tokens that a target sees
+            kl = kl.masked_fill(nothing.squeeze(2), 0)
         mask = looks.repeat_interleave(tokens.shape[2], dim=2)                  # [B, n, G * N]
         tokens = tokens.flatten(1, 2)                                           # [B, G * N, D]
         if hasattr(self, "null"):
-            nothing = ~sees.any(2, keepdim=True)                                # [B, n, 1]
             vector = torch.where(nothing, self.null.to(vector.dtype), vector)
             tokens = torch.cat([self.null.to(tokens.dtype).expand(len(tokens), 1, -1), tokens], 1)
             mask = torch.cat([nothing, mask], 2)
-        return Context(vector, self.dit.keys_values(tokens), mask)
+        return Context(vector, self.denoiser.keys_values(tokens), mask, kl)
 
-    def forward(self, images, sees, t, noise, support=None):
+    def forward(self, images, sees, t, noise, drawn=(None, None), support=None):
         """The training loss: uint8 [B, K, C, H, W], bool [B, K, K], int [B, K], noise like the images -> [B, K],
-        the squared error of every image's prediction, float32. All randomness comes in, so it compiles whole.
+        the squared error of every image's prediction, float32, and the KL of every context [B, K], None unless it
+        is variational. All randomness comes in, so it compiles whole.
         support: other images to read the context from, to see what it is worth; None: the images themselves."""
         x0 = to_signal(images)
         a = self.alpha_bar[t][..., None, None, None]                            # [B, K, 1, 1, 1]
         x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise                            # DDPM eq. 4
-        context = self.read(x0 if support is None else to_signal(support), sees)
-        out = self.dit(x_t, t, context).float()                                # [B, K, C, H, W]
+        context = self.read(x0 if support is None else to_signal(support), sees, drawn)
+        out = self.denoiser(x_t, t, context).float()                            # [B, K, C, H, W]
         target = noise if self.config.prediction == "noise" else a.sqrt() * noise - (1 - a).sqrt() * x0
-        return (out - target).square().mean((2, 3, 4))                          # DDPM eq. 14; Salimans and Ho 2022
+        error = (out - target).square().mean((2, 3, 4))                         # DDPM eq. 14; Salimans and Ho 2022
+        return error, context.kl if context is not None else None
 
     def denoise(self, x, t, context, guidance=1.0):
         """x [B, n, C, H, W] at the time t (one int) -> the predicted x0, clipped to [-1, 1], float32.
@@ -703,7 +791,7 @@ class FSDM(nn.Module):
         out = out_null + s (out_context - out_null)   (Ho and Salimans 2022)"""
         both = x if guidance == 1 else torch.cat([x, x], 1)
         times = torch.full(both.shape[:2], t, device=x.device)
-        out = self.dit(both, times, context).float()
+        out = self.denoiser(both, times, context).float()
         if guidance != 1:
             given, null = out.chunk(2, dim=1)
             out = null + guidance * (given - null)
@@ -727,8 +815,9 @@ def log_snr_times(alpha_bar, steps):
     return sorted({int((log_snr - w).abs().argmin()) for w in wanted}, reverse=True)
 
 
-def ddim(denoise, x, alpha_bar, steps, draw, eta=0.0):
-    """DDIM (Song et al. 2021, eq. 12 and 16); eta = 1 is DDPM's ancestral sampling with its smaller variance."""
+def ddim(denoise, x, alpha_bar, steps, draw, eta=0.0, large=False):
+    """DDIM (Song et al. 2021, eq. 12 and 16); eta = 1 is DDPM's ancestral sampling with its smaller variance, and
+    with its larger one, beta, if `large` (their section 5.1)."""
     times = spaced_times(len(alpha_bar), steps)
     for t, a, a_next in zip(times, alpha_bar[times].tolist(), alpha_bar[times[1:]].tolist() + [1.0]):
         x0 = denoise(x, t)
@@ -736,13 +825,18 @@ def ddim(denoise, x, alpha_bar, steps, draw, eta=0.0):
         sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5        # 0 in the last step
         x = a_next ** 0.5 * x0 + max(1 - a_next - sigma ** 2, 0) ** 0.5 * noise
         if sigma > 0:
-            x = x + sigma * draw()
+            x = x + ((1 - a / a_next) ** 0.5 if large else sigma) * draw()
     return x
 
 
 def ddpm(denoise, x, alpha_bar, steps, draw):
-    """Ancestral sampling (Ho et al. 2020, algorithm 2)."""
+    """Ancestral sampling (Ho et al. 2020, algorithm 2) with the posterior's variance."""
     return ddim(denoise, x, alpha_bar, steps, draw, eta=1.0)
+
+
+def ddpm_beta(denoise, x, alpha_bar, steps, draw):
+    """Ancestral sampling as the paper's algorithm 2 is usually written, sigma = sqrt(beta); no noise at t = 0."""
+    return ddim(denoise, x, alpha_bar, steps, draw, eta=1.0, large=True)
 
 
 def dpm_solver(denoise, x, alpha_bar, steps, draw):
@@ -760,17 +854,23 @@ def dpm_solver(denoise, x, alpha_bar, steps, draw):
         before = x0
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "2m": dpm_solver}
+SAMPLERS = {"ddpm": ddpm, "ddpm_beta": ddpm_beta, "ddim": ddim, "2m": dpm_solver}
 
 
 @torch.no_grad()
-def sample(model, support, n, sampler="2m", steps=20, guidance=1.0, seed=0, first=0, **options):
+def sample(model, support, n, sampler="2m", steps=20, guidance=1.0, seed=0, first=0, draw_context=False, **options):
     """Generates n images under each of B support sets.
 
     support: uint8 [B, K, C, H, W], on the model's device (K = 0 works for a model without encoder)
     first: the number of the first image; image i has its own seed (seed, i), whatever the batch
+    draw_context: every image has its own draw of a variational context, not the mean
     -> uint8 [B, n, C, H, W]. Raises ValueError when the model cannot read so many images or has no null context."""
     B, K = support.shape[:2]
+    if draw_context and not hasattr(model, "posterior"):
+        raise ValueError("this model's context is deterministic: there is nothing to draw")
+    if draw_context and n > 1:                                                  # each image is a set of its own
+        out = sample(model, support.repeat_interleave(n, 0), 1, sampler, steps, guidance, seed, first, True, **options)
+        return out.unflatten(0, (B, n)).squeeze(2)
     if isinstance(model.encoder, StackedEncoder) and K > model.encoder.slots - 1:
         raise ValueError(f"{K} support images: this model was trained to read {model.encoder.slots - 1} at most")
     if model.encoder is not None and guidance != 1 and not hasattr(model, "null"):
@@ -779,23 +879,23 @@ def sample(model, support, n, sampler="2m", steps=20, guidance=1.0, seed=0, firs
     sees = torch.ones(B, 1, K, dtype=torch.bool, device=support.device)
     if guidance != 1:
         sees = torch.cat([sees, torch.zeros_like(sees)], 1)                     # [B, 2, K]: the support, and nothing
-    context = model.read(to_signal(support), sees)                              # once per set, not once per step
+    def normal(stream):                                                         # numbers of image i's own
+        generators = [rng("cpu", seed, stream, first + i) for i in range(B * n)]
+        return lambda *shape: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(support.device)
+
+    drawn = context_noise(model.config, sees.shape[1], K, normal(CONTEXT)) if draw_context else (None, None)
+    context = model.read(to_signal(support), sees, drawn)                       # once per set, not once per step
     if context is not None:                                                     # the same for all n images
         context = context._replace(vector=context.vector.repeat_interleave(n, 1),
                                    mask=context.mask.repeat_interleave(n, 1))
-    generators = [rng("cpu", seed, SAMPLING, first + i) for i in range(B * n)]
-    shape = support.shape[2:]
-
-    def draw():
-        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
-        return noise.view(B, n, *shape).to(support.device)
-
+    noise = normal(SAMPLING)
+    draw = lambda: noise(*support.shape[2:]).unflatten(0, (B, n))
     denoise = lambda x, t: model.denoise(x, t, context, guidance)
     x = SAMPLERS[sampler](denoise, draw(), model.schedule, steps, draw, **options)
     return to_bytes(x)
 
 
-SAMPLING = 1                                # the stream of sampling noise; train.py has its own
+SAMPLING, CONTEXT = 1, 7                    # streams of randomness; train.py and sample.py have their own
 
 
 # ---- Checkpoints, and what the machine is good at.
@@ -848,11 +948,12 @@ def has_kernels(capability, architectures):
 def choose_precision(device, requested="auto"):
     """-> (dtype to multiply in, the reason in words). requested: auto, fp32, bf16 or fp16."""
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if requested != "auto":
-        return names[requested], "as asked for"
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
         # a T4 (7.5) holds bf16 numbers but computes them in software
+        slow = requested == "bf16" and 0 < major < 8
+        return names[requested], "as asked for" + ", but this GPU has no bf16: fp16 is several times faster" * slow
+    if device.type == "cuda":
         dtype = torch.bfloat16 if major >= 8 else torch.float16
         return dtype, f"compute capability {major}.{minor}"
     if device.type == "cpu":

@@ -112,8 +112,8 @@ def evaluate(model, split, inception, num=2000, K=5, seed=0, shared_pool=False, 
     support images returned as they are, and other real images. options: those of generate.
 
     -> {"generated" | "support returned" | "other real images": {fid, kid, kid_spread, precision, recall,
-    nearest_support}} and the number of images. nearest_support: the mean distance to the nearest image of the own
-    support, in features; near zero it copies. Raises ValueError and fid.FIDError as its parts do."""
+    nearest_support, right_class}} and the number of images. nearest_support: the mean distance to the nearest image
+    of the own support, in features; near zero it copies. Raises ValueError and fid.FIDError as its parts do."""
     support, reference, other = draw_questions(split, K, num, seed, shared_pool)
     device = split.images.device
     pictures = split.images[support.to(device)]                     # [S, K, C, H, W]
@@ -123,6 +123,7 @@ def evaluate(model, split, inception, num=2000, K=5, seed=0, shared_pool=False, 
     look = lambda images: fid.features(images.flatten(0, 1).cpu(), inception)       # [S * K, dims]
     real, found = look(split.images[reference.to(device)]), {name: look(images) for name, images in sides.items()}
     near = torch.from_numpy(found["support returned"]).unflatten(0, support.shape)  # [S, K, dims]
+    classes = torch.searchsorted(split.offsets.cpu(), support[:, 0].contiguous(), right=True)   # [S]
     scores = {}
     for name, x in found.items():
         kid, spread = fid.kid(real, x)
@@ -130,8 +131,23 @@ def evaluate(model, split, inception, num=2000, K=5, seed=0, shared_pool=False, 
         distance = torch.cdist(torch.from_numpy(x).unflatten(0, support.shape), near).amin(2)
         scores[name] = dict(fid=fid.frechet_distance(*fid.statistics(real), *fid.statistics(x)), kid=kid,
                             kid_spread=spread, precision=precision, recall=recall,
-                            nearest_support=distance.mean().item())
+                            nearest_support=distance.mean().item(), right_class=right_class(x, real, classes))
     return scores, support.numel()
+
+
+def right_class(x, real, classes, ways=20):
+    """Features [S * K, D] of S sets, of real images of the same classes, the class of each set, int64 [S] -> the share
+    of x that lies nearest to the mean of its own class's real features, among `ways` classes at a time."""
+    x, real = (torch.from_numpy(features).unflatten(0, (len(classes), -1)) for features in (x, real))   # [S, K, D]
+    present, own = classes.unique(return_inverse=True)
+    means = torch.stack([real[own == c].flatten(0, 1).mean(0) for c in range(len(present))])            # [classes, D]
+    right = []
+    for first in range(0, len(present), ways):
+        start = max(0, min(first, len(present) - ways))             # the last group borrows from the one before
+        mine = (own >= first) & (own < first + ways)
+        nearest = torch.cdist(x[mine], means[start:start + ways]).argmin(2) + start                     # [sets, K]
+        right.append((nearest == own[mine][:, None]).flatten())
+    return torch.cat(right).float().mean().item()
 
 
 EVALUATION = 5                                                      # the stream of randomness of draw_questions
@@ -139,7 +155,7 @@ EVALUATION = 5                                                      # the stream
 
 def table(scores):
     """What evaluate returns -> lines of text."""
-    digits = dict(fid=2, kid=5, kid_spread=5, precision=3, recall=3, nearest_support=3)
+    digits = dict(fid=2, kid=5, kid_spread=5, precision=3, recall=3, nearest_support=3, right_class=3)
     lines = [" " * 18 + "".join(f"{column:>17}" for column in digits)]
     for name, row in scores.items():
         lines.append(f"{name:<18}" + "".join(f"{row[column]:>17.{places}f}" for column, places in digits.items()))
@@ -163,6 +179,7 @@ def parse_args(argv=None):
     p.add_argument("--steps", type=int, default=20, help="evaluations of the network per image")
     p.add_argument("--eta", type=float, help="noise of ddim: 0 none, 1 as much as ddpm")
     p.add_argument("--guidance", type=float, default=1.0, help="1: none; above 1: closer to the support")
+    p.add_argument("--draw_context", action="store_true", help="draw a variational context anew for every image")
     p.add_argument("--seed", type=int, default=0, help="image i is a function of (seed, i)")
     p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="the averaged or the last weights")
     p.add_argument("--out_dir", default="samples", help="images go here")
@@ -194,7 +211,8 @@ def main(argv=None):
     config = model.config
     K = args.k or config.sample_size - 1
     options = dict(sampler=args.sampler, steps=args.steps, guidance=args.guidance, seed=args.seed, dtype=dtype,
-                   batch_size=args.batch_size, **({} if args.eta is None else {"eta": args.eta}))
+                   batch_size=args.batch_size, draw_context=args.draw_context,
+                   **({} if args.eta is None else {"eta": args.eta}))
     names = None
     if args.support:
         support = load_support(args.support, config).to(device)

@@ -49,6 +49,7 @@ RECIPES = {
                  max_steps=2400, max_hours=0.24, log_interval=100, save_interval=800),
     "reference": DOCUMENTED,
     "wide": DOCUMENTED,
+    "mnist": dict(DOCUMENTED, dataset="mnist", batch_size=128, lr=2e-4, save_interval=2000),
     "t4": dict(DOCUMENTED, batch_size=16, lr=5e-4, warmup_steps=1000, save_interval=5000),
 }
 TRAINING, VALIDATION, PICTURE = 2, 3, 4                 # streams of randomness, beside fsdm.SAMPLING
@@ -61,8 +62,9 @@ SAVE_SECONDS = 300                                      # at most so long betwee
 def parse_args(argv=None):
     """-> (args, Config). Exits with code 2 and one sentence when a value makes no sense."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--preset", choices=fsdm.PRESETS, default="demo", help="model shape and recipe to start from")
-    p.add_argument("--dataset", default="glyphs", help="glyphs, cifar100, omniglot, mnist, celeba, a folder, an .npz")
+    p.add_argument("--preset", choices=fsdm.PRESETS,
+                   help="model shape and recipe to start from: demo, or reference when --hidden_size is given")
+    p.add_argument("--dataset", help="glyphs (the default), cifar100, omniglot, mnist, celeba, a folder, an .npz")
     p.add_argument("--data_dir", default="data", help="where torchvision's files of a named data set lie")
     p.add_argument("--download", action="store_true", help="fetch a named data set when it is not in data_dir")
     p.add_argument("--out_dir", default="runs/demo", help="checkpoint, log and pictures go here")
@@ -76,6 +78,7 @@ def parse_args(argv=None):
     p.add_argument("--cooldown_steps", type=int, help="steps before --max_steps over which it falls to 0 again")
     p.add_argument("--weight_decay", type=float, default=0.01, help="share of lr by which weights shrink a step")
     p.add_argument("--grad_clip", type=float, default=1.0, help="largest norm of the whole gradient")
+    p.add_argument("--kl_weight", type=float, default=0.1, help="of a variational context's KL over pixels an image")
     p.add_argument("--ema_decay", type=float, help="of the averaged weights, after their warm-up")
     p.add_argument("--max_steps", type=int, help="0 prints the parameter table and stops")
     p.add_argument("--max_hours", type=float, help="stop in time for the last save within so many hours of this run")
@@ -83,10 +86,14 @@ def parse_args(argv=None):
     p.add_argument("--save_interval", type=int, help="steps between checkpoints, validations and pictures")
     p.add_argument("--num_eval_batches", type=int, default=10, help="batches of unseen classes in a validation")
     p.add_argument("--num_sample_batches", type=int, default=2, help="batches of 4 support sets in a picture")
-    p.add_argument("--compute_fid", action="store_true", help="score generated images of unseen classes at every save")
+    p.add_argument("--compute_fid", type=parse_bool, nargs="?", const=True, default=False,
+                   help="score generated images of unseen classes at every save")
     p.add_argument("--fid_num_samples", type=int, default=600, help="images to generate for that score")
     p.add_argument("--fid_weights", help="Inception weights file; torch's cache or a download if left out")
     p.add_argument("--fid_dims", type=int, choices=(64, 192, 768, 2048), default=2048, help="features that fid.py uses")
+    p.add_argument("--debug", action="store_true", help="log norms of the context and of gradients as debug/...")
+    p.add_argument("--use_wandb", type=parse_bool, nargs="?", const=True, default=False, help="log to wandb.ai too")
+    p.add_argument("--context_channels", type=int, help="the documents' second name for --hdim")
     p.add_argument("--seed", type=int, default=0, help="of weights, batches, noise and pictures")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     p.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of the products")
@@ -97,7 +104,12 @@ def parse_args(argv=None):
         kind = parse_bool if field.type is bool else field.type
         p.add_argument(f"--{field.name}", type=kind, help=comments[field.name])
     args = p.parse_args(argv)
-    for name, value in RECIPES[args.preset].items():
+    if None not in (args.hdim, args.context_channels) and args.hdim != args.context_channels:
+        p.error(f"--hdim {args.hdim} and --context_channels {args.context_channels} are two names of one width")
+    args.hdim = args.context_channels if args.hdim is None else args.hdim
+    # the documents' command lines name the whole model and no preset
+    args.preset = args.preset or ("demo" if args.hidden_size is None else "reference")
+    for name, value in {"dataset": "glyphs", **RECIPES[args.preset]}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     shape = dict(fsdm.PRESETS[args.preset])
@@ -105,6 +117,14 @@ def parse_args(argv=None):
     for name in ("batch_size", "accumulate", "log_interval", "save_interval", "num_eval_batches", "num_sample_batches"):
         if getattr(args, name) < 1:
             p.error(f"--{name} is {getattr(args, name)}: it must be at least 1")
+    for name in ("lr", "grad_clip", *(["max_hours"] if args.max_hours is not None else [])):
+        if not 0 < getattr(args, name) < math.inf:
+            p.error(f"--{name} is {getattr(args, name)}: it must be a number above 0")
+    for name in ("max_steps", "warmup_steps", "cooldown_steps", "weight_decay", "kl_weight"):
+        if not 0 <= getattr(args, name) < math.inf:
+            p.error(f"--{name} is {getattr(args, name)}: it must be 0 or more")
+    if not 0 <= args.ema_decay < 1:
+        p.error(f"--ema_decay is {args.ema_decay}: expected 0 <= decay < 1")
     try:
         return args, Config(**shape)
     except ValueError as error:
@@ -122,7 +142,7 @@ def parse_bool(text):
 def connect(requested):
     """-> (device, rank, processes): this process alone, or one of those that torchrun started, on its own GPU."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if requested == "auto" and torch.cuda.is_available():
+    if requested in ("auto", "cuda") and torch.cuda.is_available():
         requested = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = fsdm.choose_device(requested)
     if device.type == "cuda":
@@ -184,12 +204,15 @@ def parameter_table(model):
 
 
 def draw_batch(split, sets, config, generator, vary, dropout):
-    """-> images uint8 [B, K, C, H, W], sees bool [B, K, K], t int64 [B, K], noise float32 like the images."""
+    """-> images uint8 [B, K, C, H, W], sees bool [B, K, K], t int64 [B, K], noise float32 like the images, and noise
+    for a variational context."""
     index = fsdm.draw_sets(split, sets, config.sample_size, generator)
     images = split.images[index]
     sees = fsdm.leave_one_out(*index.shape, generator, vary, dropout)
     t = torch.randint(config.diffusion_steps, index.shape, generator=generator, device=images.device)
-    return images, sees, t, torch.randn(images.shape, generator=generator, device=images.device)
+    randn = lambda *shape: torch.randn(sets, *shape, generator=generator, device=images.device)
+    drawn = fsdm.context_noise(config, config.sample_size, config.sample_size, randn)
+    return images, sees, t, randn(*images.shape[1:]), drawn
 
 
 def make_optimizers(model, name, lr, weight_decay, device):
@@ -208,7 +231,7 @@ class Training(NamedTuple):
     ema: FSDM
     optimizers: list
     scaler: torch.amp.GradScaler
-    history: list                               # [loss, gradient norm] of each step since the last log line
+    history: list                               # [loss, KL, gradient norm] of each step since the last log line
 
     def state(self):
         return dict(model=self.model.state_dict(), ema=self.ema.state_dict(), scaler=self.scaler.state_dict(),
@@ -226,22 +249,25 @@ def make_training(config, args, device, dtype):
 
 def train_step(net, training, batches, args, dtype, step):
     """Updates the model by the mean gradient of `batches`, a list of functions that draw one; net is the model, or
-    DDP around it. Waits for no GPU, unless there are two optimizers. A gradient that is not finite changes nothing.
+    DDP around it. Waits for no GPU, unless there are two optimizers. A gradient that is not finite changes neither
+    weights nor optimizers.
 
     -> bool tensor on the device: whether the step was skipped."""
     model, ema, optimizers, scaler, history = training
     for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+        group["weight_decay"] = args.weight_decay           # a resumed run may have been given another
         group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup_steps),
                                     (args.max_steps - step) / max(1, args.cooldown_steps))
     model.zero_grad(set_to_none=True)
-    losses = []
+    pixels, sums = model.config.in_channels * model.config.image_size ** 2, []
     for draw in batches:
         wait = net is model or draw is batches[-1]          # DDP averages gradients with the last part
         with nullcontext() if wait else net.no_sync():
             with torch.autocast(model.alpha_bar.device.type, dtype, enabled=dtype != torch.float32):
-                loss = net(*draw()).mean() / len(batches)
-            scaler.scale(loss).backward()
-            losses.append(loss.detach())                    # .item() here would wait for the GPU at every step
+                error, kl = net(*draw())
+                error, kl = error.mean(), torch.zeros_like(error[0, 0]) if kl is None else kl.mean()
+            scaler.scale((error + args.kl_weight * kl / pixels) / len(batches)).backward()
+            sums.append(torch.stack([error, kl]).detach() / len(batches))   # .item() here would wait for the GPU
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
@@ -250,10 +276,13 @@ def train_step(net, training, batches, args, dtype, step):
     elif norm.isfinite():                                   # both or neither; this check waits for the GPU
         for optimizer in optimizers:
             optimizer.step()
-    scaler.update()
+    scaler.update(None if dtype == torch.float16 else 1.0)  # only fp16 has a scale to look for
     update_ema(ema, model, step + 1, args.ema_decay)
-    bad = ~norm.isfinite()
-    history.append(torch.stack([torch.stack(losses).sum(), norm]).masked_fill(bad, math.nan))
+    bad, mean = ~norm.isfinite(), torch.stack(sums).sum(0)
+    if dist.is_initialized():
+        dist.all_reduce(mean)
+        mean = mean / dist.get_world_size()
+    history.append(torch.cat([mean, norm[None]]).masked_fill(bad, math.nan))
     return bad
 
 
@@ -266,14 +295,32 @@ def validate(model, split, args, dtype):
     own, other, times = [], [], []
     for i in range(args.num_eval_batches):
         generator = rng(device, args.seed, VALIDATION, i)
-        images, sees, t, noise = draw_batch(split, sets, model.config, generator, False, 0.0)
+        images, sees, t, noise, _ = draw_batch(split, sets, model.config, generator, False, 0.0)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            own.append(model(images, sees, t, noise))
-            other.append(model(images, sees, t, noise, support=images.roll(1, 0)))
+            own.append(model(images, sees, t, noise)[0])
+            other.append(model(images, sees, t, noise, support=images.roll(1, 0))[0])
         times.append(t)
     own, gain, fifth = torch.stack(own), torch.stack(other) - torch.stack(own), torch.stack(times) * 5 // T
     by_noise = [round(gain[fifth == i].mean().item(), 5) for i in range(5)]
     return {"val_loss": own.mean().item(), "context_gain": gain.mean().item(), "context_gain_by_noise": by_noise}
+
+
+@torch.no_grad()
+def diagnostics(training, batch, dtype, grad_clip):
+    """Is the context used, do gradients vanish? -> {"debug/...": number}: norm, mean and largest magnitude of the
+    context vectors of a batch, their deviation from one to the next; norms of the last gradient before clipping."""
+    model, (images, sees, *_) = training.model, batch
+    norms = lambda part: torch.stack(torch._foreach_norm([p.grad for p in part.parameters()])).norm()
+    clipped = (training.history[-1][2] / grad_clip).clamp(min=1)
+    found = {"dit_grad_norm": norms(model.denoiser) * clipped}
+    found |= {f"dit_layer_{i}_grad_norm": norms(block) * clipped for i, block in enumerate(model.denoiser.blocks[:3])}
+    if model.encoder is not None:
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            vector = model.read(fsdm.to_signal(images), sees).vector.float()            # [B, K, hdim]
+        found |= {"context_norm": vector.norm(dim=2).mean(), "context_mean": vector.mean(),
+                  "context_max": vector.abs().max(), "context_std": vector.flatten(0, 1).std(0).mean(),
+                  "encoder_grad_norm": norms(model.encoder) * clipped}
+    return {f"debug/{name}": value.item() for name, value in found.items()}
 
 
 @torch.no_grad()
@@ -285,20 +332,35 @@ def update_ema(ema, model, step, decay):
 
 class Log:
     """Prints, and appends every record to log.jsonl; a resumed run drops what lies beyond its checkpoint."""
-    def __init__(self, path, step, earlier=None):
+    def __init__(self, path, step, earlier=None, wandb=None):
         source = path if path.exists() or earlier is None else earlier
         lines = source.read_text().splitlines() if step and source.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         write_whole(path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
-        self.path = path
+        self.path, self.wandb = path, wandb
 
     def __call__(self, sentence, **record):
         print(sentence, flush=True)
+        if self.wandb is not None:
+            self.wandb.log(record, step=record["step"])
         try:
             with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             print(f"{self.path} lacks this line: {error.strerror}; training goes on", flush=True)
+
+
+def start_wandb(args):
+    """-> wandb with a run begun. Raises ValueError when it is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--use_wandb needs the package wandb: pip install wandb, or leave the flag out") from None
+    try:
+        wandb.init(project="fsdm", name=args.out_dir, config=vars(args))
+    except wandb.Error as error:
+        raise ValueError(f"--use_wandb: {str(error).splitlines()[0]} (wandb login, or leave the flag out)") from None
+    return wandb
 
 
 def load_inception(args, device):
@@ -344,6 +406,8 @@ def main(argv=None):
     started = time.time()
     args, config = parse_args(argv)
     torch.manual_seed(args.seed)                                            # the initial weights
+    if config.hdim < config.hidden_size and config.encoder != "none":
+        print(f"warning: hdim {config.hdim} is below hidden_size {config.hidden_size}: the context is a bottleneck")
     if args.max_steps == 0:
         return print(parameter_table(FSDM(config)))
     device, rank, world = connect(args.device)
@@ -379,10 +443,11 @@ def main(argv=None):
         step = load_training(source, args, config, training)
         say(f"going on from {source} at step {step:,}")
     inception = load_inception(args, device) if args.compute_fid and rank == 0 else None
+    wandb = start_wandb(args) if args.use_wandb and rank == 0 else None
     model, net, log = training.model, training.model, say
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        log = Log(out / "log.jsonl", step, source.with_name("log.jsonl"))
+        log = Log(out / "log.jsonl", step, source.with_name("log.jsonl"), wandb)
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.batch_size} sets of {config.sample_size} "
         f"images a step{'; the first step compiles, which takes a minute or more' if compiled else ''}",
         step=step, args=vars(args), config=dataclasses.asdict(config), device=str(device), processes=world,
@@ -413,19 +478,19 @@ def main(argv=None):
             clock = (time.time(), step)             # compiling is not training speed
 
         if step % args.log_interval == 0:
-            mean = torch.stack(training.history).nanmean(0)
-            if world > 1:
-                dist.all_reduce(mean)
-            value, norm = (mean / world).tolist()
+            value, kl, norm = torch.stack(training.history).nanmean(0).tolist()
             if in_a_row >= PATIENCE:
                 raise ValueError(f"the last {int(in_a_row)} gradients were not finite (step {step}): lower --lr, or "
                                  f"train with --precision fp32; {ckpt} is as it was")
             rate = (step - clock[1]) * args.batch_size * config.sample_size / (time.time() - clock[0])
             left = min(deadline - time.time(), (args.max_steps - step) * args.batch_size * config.sample_size / rate)
-            log(f"step {step:>7,}  loss {value:.4f}  {rate:,.0f} images/s  {left / 60:,.0f} min left"
+            drawn = config.mode_context == "variational"
+            log(f"step {step:>7,}  loss {value:.4f}{f'  KL {kl:.2f}' if drawn else ''}  {rate:,.0f} images/s"
+                f"  {left / 60:,.0f} min left"
                 + (f"  {int(skipped)} steps skipped: not finite" if skipped else ""),
-                step=step, loss=value, grad_norm=norm, skipped=int(skipped), images_per_second=rate,
-                seconds=time.time() - started)
+                step=step, loss=value, kl=kl, grad_norm=norm, skipped=int(skipped), images_per_second=rate,
+                seconds=time.time() - started,
+                **(diagnostics(training, batch(step - 1, mine[0])(), dtype, args.grad_clip) if args.debug else {}))
             training.history.clear()
             clock = (time.time(), step)
         if rank == 0 and (step % args.save_interval == 0 or time.time() - saved > SAVE_SECONDS):
@@ -458,13 +523,15 @@ def benchmark(config, args, device, dtype, compiled):
     training = make_training(config, args, device, dtype)
     draw = lambda sets: draw_batch(split, sets, config, rng(device, 0), config.vary_support, config.context_dropout)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):   # fused attention counts as none
-        training.model(*draw(1)).mean().backward()
+        training.model(*draw(1))[0].mean().backward()
     flops = counter.get_total_flops() / size                                # an image, forward and backward
     if compiled:
         compile_in_place(training.model, device, dtype)
     rate = fsdm.matmul_rate(device, dtype, 4096 if device.type == "cuda" else 1024)
 
     def report(name, count, run):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         run(), run()                                                        # compiles, fills caches
         began, times = time.time(), []
         while len(times) < 5 or len(times) < 50 and time.time() - began < 20:

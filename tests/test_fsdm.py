@@ -43,26 +43,36 @@ def preset(name):
 
 def test_reference_has_the_documented_parameters():
     model = preset("reference")
-    assert (count(model), count(model.dit), count(model.encoder)) == (43_509_900, 32_735_628, 10_774_272)
-    assert count(model.dit.embed) == 4_608 and model.dit.pos.numel() == 98_304 and count(model.dit.time) == 245_760
-    assert count(model.dit.project) == 147_840 and count(model.dit.blocks[0]) == 2_661_504
-    assert count(model.dit.norm) + count(model.dit.ada) + count(model.dit.out) == 301_068
+    assert (count(model), count(model.denoiser), count(model.encoder)) == (43_509_900, 32_735_628, 10_774_272)
+    dit = model.denoiser
+    assert count(dit.embed) == 4_608 and dit.pos.numel() == 98_304 and count(dit.time) == 245_760
+    assert count(dit.project) == 147_840 and count(dit.blocks[0]) == 2_661_504
+    assert count(dit.norm) + count(dit.ada) + count(dit.out) == 301_068
     assert count(model.encoder.embed) == 28_032 and model.encoder.pos.numel() == 98_688
     assert count(model.encoder.blocks[0]) == 1_774_464 and len(model.encoder.blocks) == 6
 
 
 def test_wide_has_the_true_count_not_the_documents_claim():
     model = preset("wide")
-    assert (count(model), count(model.dit), count(model.encoder)) == (37_739_262, 22_974_762, 14_764_500)
+    assert (count(model), count(model.denoiser), count(model.encoder)) == (37_739_262, 22_974_762, 14_764_500)
+
+
+def test_the_mnist_denoiser_is_the_documents_and_sees_no_context():
+    model = fsdm.FSDM(fsdm.Config(**fsdm.PRESETS["mnist"]))
+    assert sum(p.numel() for p in model.parameters()) == 4_869_377
+    assert [block.dilation[0] for block in model.denoiser.blocks] == [1, 1, 3, 3, 9, 9, 27, 27]
+    with pytest.raises(ValueError, match="time only"):
+        fsdm.Config(denoiser="conv")
 
 
 @pytest.mark.parametrize("name", fsdm.PRESETS)
 def test_every_preset_runs(name):
     config = dataclasses.replace(Config(**fsdm.PRESETS[name]), depth=2, encoder_depth=1)
-    images = torch.zeros(1, config.sample_size, 3, config.image_size, config.image_size, dtype=torch.uint8)
+    images = torch.zeros(1, config.sample_size, config.in_channels, *[config.image_size] * 2, dtype=torch.uint8)
     sees = ~torch.eye(config.sample_size, dtype=torch.bool)[None]
-    loss = FSDM(config)(images, sees, torch.zeros(images.shape[:2], dtype=torch.long), torch.randn(images.shape))
-    assert loss.shape == images.shape[:2] and loss.isfinite().all()
+    sees &= fsdm.leave_one_out(1, config.sample_size, fsdm.rng("cpu", 0))
+    loss, kl = FSDM(config)(images, sees, torch.zeros(images.shape[:2], dtype=torch.long), torch.randn(images.shape))
+    assert kl is None and loss.shape == images.shape[:2] and loss.isfinite().all()
 
 
 @pytest.mark.parametrize("change, word", [
@@ -84,7 +94,7 @@ def test_a_target_never_reaches_its_own_context(encoder, mode):
     changed[0, 2] = 255 - changed[0, 2]
     sees = ~torch.eye(K, dtype=torch.bool)[None]
     x, t = torch.randn(1, K, 3, 8, 8), torch.full((1, K), 20)
-    before, after = (model.dit(x, t, model.read(fsdm.to_signal(i), sees)) for i in (images, changed))
+    before, after = (model.denoiser(x, t, model.read(fsdm.to_signal(i), sees)) for i in (images, changed))
     moved = (before - after).abs().amax((0, 2, 3, 4)) > 1e-4
     assert moved.tolist() == [True, True, False, True]
 
@@ -95,11 +105,11 @@ def test_training_and_sampling_read_the_same_support_the_same_way(encoder, mode)
     model, K = tiny(encoder=encoder, mode_conditioning=mode, context_dropout=0.1), 4
     images = torch.randn(1, K, 3, 8, 8)
     x, t = torch.randn(1, K, 3, 8, 8), torch.full((1, K), 20)
-    trained = model.dit(x, t, model.read(images, ~torch.eye(K, dtype=torch.bool)[None]))
+    trained = model.denoiser(x, t, model.read(images, ~torch.eye(K, dtype=torch.bool)[None]))
     for i in range(K):
         others = [j for j in range(K) if j != i]
         context = model.read(images[:, others], torch.ones(1, 1, K - 1, dtype=torch.bool))
-        assert torch.allclose(model.dit(x[:, i:i + 1], t[:, :1], context), trained[:, i:i + 1], atol=1e-5)
+        assert torch.allclose(model.denoiser(x[:, i:i + 1], t[:, :1], context), trained[:, i:i + 1], atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ("film", "lag"))
@@ -128,8 +138,40 @@ def test_the_null_context_holds_nothing_of_the_support(encoder, mode):
     model = tiny(encoder=encoder, mode_conditioning=mode, context_dropout=0.5)
     x, t = torch.randn(1, 2, 3, 8, 8), torch.full((1, 2), 20)
     sees = torch.tensor([[[True] * 3, [False] * 3]])
-    a, b = (model.dit(x, t, model.read(torch.randn(1, 3, 3, 8, 8), sees)) for _ in range(2))
+    a, b = (model.denoiser(x, t, model.read(torch.randn(1, 3, 3, 8, 8), sees)) for _ in range(2))
     assert not torch.allclose(a[:, 0], b[:, 0], atol=1e-4) and torch.allclose(a[:, 1], b[:, 1], atol=1e-6)
+
+
+@pytest.mark.parametrize("encoder, mode", FLAVOURS)
+def test_a_variational_context_has_a_kl_for_every_leave_one_out_context(encoder, mode):
+    model = tiny(encoder=encoder, mode_conditioning=mode, mode_context="variational", context_dropout=0.1)
+    images, sees = torch.randn(2, 4, 3, 8, 8), ~torch.eye(4, dtype=torch.bool).expand(2, 4, 4)
+    sees = sees.clone()
+    sees[1, 3] = False                                                      # one of them is the null context
+    kl = model.read(images, sees).kl
+    vector, tokens, looks = model.encoder(images, sees)
+    for b in range(2):
+        for i in range(4):
+            parts = [vector[b, i]] + ([tokens[b, g, n] for g in range(4) if looks[b, i, g] for n in range(4)]
+                                      if mode == "lag" else [])
+            expected = 0
+            for h in parts if sees[b, i].any() else []:
+                mu, log_var = model.posterior(h).chunk(2)
+                q = torch.distributions.Normal(mu, (log_var / 2).exp())
+                expected += torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum().item()
+            assert abs(kl[b, i].item() - expected) < 1e-3 * max(1, expected)
+
+
+@pytest.mark.parametrize("encoder, mode", FLAVOURS)
+def test_a_variational_context_is_its_mean_or_a_draw_of_its_own_for_every_image(encoder, mode):
+    model = tiny(encoder=encoder, mode_conditioning=mode, mode_context="variational", context_dropout=0.1)
+    support = torch.randint(0, 256, (2, 3, 3, 8, 8), dtype=torch.uint8)
+    mean, again, drawn = (fsdm.sample(model, support, 3, steps=3, guidance=2.0, draw_context=d) for d in (0, 0, True))
+    assert torch.equal(mean, again) and drawn.shape == mean.shape and not torch.equal(mean, drawn)
+    alone = fsdm.sample(model, support[1:], 1, steps=3, guidance=2.0, first=3, draw_context=True)
+    assert (alone[0, 0].int() - drawn[1, 0].int()).abs().max() <= 1
+    with pytest.raises(ValueError, match="nothing to draw"):
+        fsdm.sample(tiny(), support, 1, draw_context=True)
 
 
 def test_leave_one_out_drops_itself_always_and_others_as_asked():
@@ -146,8 +188,8 @@ def test_under_lag_time_and_self_attention_reach_every_block():
     model = tiny(encoder="image", mode_conditioning="lag")
     context = model.read(torch.randn(1, 2, 3, 8, 8), torch.ones(1, 1, 2, dtype=torch.bool))
     x = torch.randn(1, 4, 24)
-    for i, block in enumerate(model.dit.blocks):
-        early, late = (model.dit.time(fsdm.timestep_embedding(torch.tensor([t]))) for t in (10, 900))
+    for i, block in enumerate(model.denoiser.blocks):
+        early, late = (model.denoiser.time(fsdm.timestep_embedding(torch.tensor([t]))) for t in (10, 900))
         assert not torch.allclose(block(x, early, context.keys_values[i]), block(x, late, context.keys_values[i]))
         nudged = x.clone()
         nudged[0, 3] = torch.randn(24)              # another token of the same image
@@ -230,6 +272,22 @@ def test_ancestral_sampling_has_the_variance_of_the_data(steps):
     assert abs(made.std() / expected - 1) < 0.02 and abs(expected / s - 1) < 0.1
 
 
+def test_ddpm_beta_is_the_documents_formula():
+    alpha_bar = fsdm.linear_schedule(1000)
+    alpha = alpha_bar / torch.cat([torch.ones(1), alpha_bar[:-1]]).double()
+    guess = lambda x, t: (x * (1 + t / 1000)).tanh()                        # any network's noise
+    draws = lambda: (g := torch.Generator().manual_seed(0)) and (lambda: torch.randn(2, 3, generator=g).double())
+    draw = draws()
+    x = start = draw()
+    for t in range(999, -1, -1):
+        x = (x - (1 - alpha[t]) / (1 - alpha_bar[t]) ** 0.5 * guess(x, t)) / alpha[t] ** 0.5
+        x = x + (1 - alpha[t]) ** 0.5 * draw() if t > 0 else x
+    draw = draws()
+    draw()
+    x0 = lambda x, t: (x - (1 - alpha_bar[t]) ** 0.5 * guess(x, t)) / alpha_bar[t] ** 0.5
+    assert torch.allclose(fsdm.ddpm_beta(x0, start, alpha_bar, 1000, draw), x, rtol=1e-8)
+
+
 def test_kept_times_start_at_the_end_and_reach_zero_without_repeats():
     for T, steps in ((250, 19), (250, 250), (1000, 20), (250, 400)):
         for times in (fsdm.spaced_times(T, steps), fsdm.log_snr_times(fsdm.linear_schedule(T), steps)):
@@ -245,8 +303,8 @@ def test_the_right_output_has_no_loss_and_gives_the_clean_image_back(prediction)
     t = torch.full((1, 4), 25)
     a = model.alpha_bar[25]
     answer = noise if prediction == "noise" else a.sqrt() * noise - (1 - a).sqrt() * x0
-    model.dit.forward = lambda x, t, context: answer
-    assert model(images, None, t, noise).max() < 1e-12
+    model.denoiser.forward = lambda x, t, context: answer
+    assert model(images, None, t, noise)[0].max() < 1e-12
     assert torch.allclose(model.denoise(a.sqrt() * x0 + (1 - a).sqrt() * noise, 25, None), x0, atol=1e-4)
 
 
@@ -266,7 +324,7 @@ def test_guidance_is_a_line_from_null_to_context():
     x, support = torch.randn(1, 1, 3, 8, 8) / 4, torch.randn(1, 3, 3, 8, 8)
     given, none = torch.ones(1, 1, 3, dtype=torch.bool), torch.zeros(1, 1, 3, dtype=torch.bool)
     t = torch.full((1, 1), 9)
-    a, b = (model.dit(x, t, model.read(support, sees)) for sees in (given, none))
+    a, b = (model.denoiser(x, t, model.read(support, sees)) for sees in (given, none))
     out = b + 1.7 * (a - b)
     alpha = float(model.alpha_bar[9])
     x0 = ((x - (1 - alpha) ** 0.5 * out) / alpha ** 0.5).clamp(-1, 1)
@@ -459,7 +517,7 @@ def test_a_checkpoint_comes_back_whole_and_strangers_are_refused(tmp_path):
     torch.save(state, tmp_path / "a.pt")
     raw, ema = (fsdm.load_model(tmp_path / "a.pt", weights=w) for w in ("raw", "ema"))
     assert raw.config == model.config and torch.equal(raw.alpha_bar, model.alpha_bar)
-    assert torch.equal(raw.dit.pos, model.dit.pos) and torch.equal(ema.dit.pos, model.dit.pos + 1)
+    assert torch.equal(raw.denoiser.pos, model.denoiser.pos) and torch.equal(ema.denoiser.pos, model.denoiser.pos + 1)
     torch.save(dict(state, config=dict(state["config"], depth=3)), tmp_path / "shape.pt")
     torch.save(dict(state, config=print), tmp_path / "code.pt")
     (tmp_path / "text.pt").write_text("hello")

@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
 import fid
+import fsdm
 import sample
 import train
 
@@ -34,3 +36,12 @@ def test_a_command_of_the_readme_parses(command):
 def test_every_file_that_the_readme_shows_is_here():
     for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)|\]\((?!http)([^)#]+)\)", TEXT):
         assert (HERE / (path[0] or path[1])).exists(), path
+
+
+def test_the_parameters_in_the_readme_are_those_of_the_presets():
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([\d,]+) \|", TEXT, re.M))
+    assert rows.keys() == fsdm.PRESETS.keys()
+    for name, preset in fsdm.PRESETS.items():
+        with torch.device("meta"):
+            model = fsdm.FSDM(fsdm.Config(**preset))
+        assert f"{sum(p.numel() for p in model.parameters()):,}" == rows[name]

@@ -1,0 +1,215 @@
+"""What the three programs say to bad input: exit code 2, one sentence that names the culprit, nothing written.
+
+    python tests/test_bad_input.py            # prints the table of commands and sentences
+"""
+import contextlib
+import dataclasses
+import io
+import os
+import pickle
+import re
+import runpy
+import shlex
+import struct
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+HERE = Path(__file__).parent.parent
+sys.path.insert(0, str(HERE))
+import fid
+import fsdm
+
+SMALL = dict(image_size=8, patch_size=4, encoder_patch_size=4, hidden_size=32, hdim=32, depth=1, num_heads=2,
+             encoder_depth=1, sample_size=4)
+SHAPE = " ".join(f"--{name} {value}" for name, value in SMALL.items()) + " --no_compile --device cpu --precision fp32"
+TRAIN = f"train.py {SHAPE} --max_steps 1 --batch_size 4 --out_dir out"
+SAMPLE = "sample.py --ckpt good.pt --device cpu --precision fp32 --out_dir out"
+FID = "fid.py --dims 64 --weights weights.pth --device cpu"
+
+# a command, and a word of its sentence
+ROWS = [
+    (f"{TRAIN} --dataset imagenet", "imagenet"),
+    (f"{TRAIN} --dataset gone.npz", "gone.npz"),
+    (f"{TRAIN} --dataset text.npz", "cannot be read as an .npz"),
+    (f"{TRAIN} --dataset pickled.npz", "cannot be read as an .npz"),
+    (f"{TRAIN} --dataset truncated.npz", "cannot be read as an .npz"),
+    (f"{TRAIN} --dataset no_labels.npz", "labels"),
+    (f"{TRAIN} --dataset few_labels.npz", "expected one each"),
+    (f"{TRAIN} --dataset float.npz", "uint8"),
+    (f"{TRAIN} --dataset empty", "at least 3"),
+    (f"{TRAIN} --dataset one_class", "at least 3"),
+    (f"{TRAIN} --dataset hollow", "holds no readable image"),
+    (f"{TRAIN} --dataset classes --sample_size 9", "ask for fewer"),
+    (f"{TRAIN} --dataset circle", "circle"),
+    (f"{TRAIN} --dataset cifar100 --data_dir empty", "--download"),
+    (f"{TRAIN} --dataset omniglot --data_dir empty", "--download"),
+    (f"{TRAIN} --patch_size 3", "does not divide"),
+    (f"{TRAIN} --num_heads 5", "does not divide"),
+    (f"{TRAIN} --sample_size 1", "at least 2"),
+    (f"{TRAIN} --context_dropout 1.5", "context_dropout 1.5"),
+    (f"{TRAIN} --diffusion_steps 1", "diffusion_steps 1"),
+    (f"{TRAIN} --hidden_size 999999999", "hidden_size is 999999999"),
+    (f"{TRAIN} --hidden_size many", "--hidden_size"),
+    (f"{TRAIN} --vary_support perhaps", "True or False"),
+    (f"{TRAIN} --batch_size 0", "--batch_size is 0"),
+    (f"{TRAIN} --accumulate 3", "multiple of 3"),
+    (f"{TRAIN} --max_steps -1", "--max_steps is -1"),
+    (f"{TRAIN} --lr 0", "--lr is 0.0"),
+    (f"{TRAIN} --lr nan", "--lr is nan"),
+    (f"{TRAIN} --ema_decay 1", "--ema_decay is 1.0"),
+    (f"{TRAIN} --preset huge", "huge"),
+    (f"{TRAIN} --device gpu", "--device gpu"),
+    (f"{TRAIN} --resume gone.pt", "gone.pt"),
+    (f"{TRAIN} --resume text.npz", "cannot be resumed"),
+    (f"{TRAIN} --resume hostile.pt", "cannot be resumed"),
+    (f"{TRAIN} --resume list.pt", "cannot be resumed"),
+    (f"{TRAIN} --out_dir text.npz", "text.npz"),
+    (f"{SAMPLE} --ckpt gone.pt --support a.png", "gone.pt"),
+    (f"{SAMPLE} --ckpt empty --support a.png", "empty"),
+    (f"{SAMPLE} --ckpt text.npz --support a.png", "not a checkpoint"),
+    (f"{SAMPLE} --ckpt hostile.pt --support a.png", "not a checkpoint"),
+    (f"{SAMPLE} --ckpt list.pt --support a.png", "not a checkpoint"),
+    (f"{SAMPLE} --ckpt huge.pt --support a.png", "hidden_size"),
+    (f"{SAMPLE} --ckpt other.pt --support a.png", "not a checkpoint"),
+    (f"{SAMPLE} --support gone.png", "gone.png"),
+    (f"{SAMPLE} --support a.png zero.png", "zero.png"),
+    (f"{SAMPLE} --support a.png noise.png", "noise.png"),
+    (f"{SAMPLE} --support cut.jpg", "cut.jpg"),
+    (f"{SAMPLE} --support bomb.png", "bomb.png"),
+    (f"{SAMPLE} --support pipe.png", "pipe.png"),
+    (f"{SAMPLE} --support empty", "empty"),
+    (f"{SAMPLE} --support a.png --dataset glyphs", "either --support"),
+    (SAMPLE, "either --support"),
+    (f"{SAMPLE} --support a.png --evaluate", "--dataset"),
+    (f"{SAMPLE} --support a.png --eta 1", "--eta"),
+    (f"{SAMPLE} --support a.png --num 0", "--num is 0"),
+    (f"{SAMPLE} --support a.png --steps 0", "--steps is 0"),
+    (f"{SAMPLE} --support a.png --guidance 2", "guidance 2"),
+    (f"{SAMPLE} --support a.png a.png a.png a.png", "4 support images"),
+    (f"{SAMPLE} --support a.png --out_dir text.npz", "text.npz"),
+    (f"{SAMPLE} --dataset classes --k 9", "--k"),
+    (f"{SAMPLE} --dataset classes --evaluate --k 3 --fid_weights weights.pth --fid_dims 64", "lower --k"),
+    (f"{SAMPLE} --dataset classes --evaluate --k 1 --fid_weights gone.pth", "gone.pth"),
+    (f"{FID} folder gone", "gone"),
+    (f"{FID} folder empty", "no image files"),
+    (f"{FID} folder one", "at least 2"),
+    (f"{FID} folder broken", "more than 1%"),
+    (f"{FID} folder text.npz", "text.npz"),
+    (f"{FID} folder pickled.npz", "pickled.npz"),
+    (f"{FID} folder float.npz", "uint8"),
+    (f"{FID} folder stats.npz", "not float statistics"),
+    (f"{FID} folder", "two sides"),
+    (f"{FID} folder folder --save_stats out.npz", "two sides"),
+    (f"{FID} images.npz --save_stats images.npz", "overwrite"),
+    (f"{FID} folder --save_stats gone/out.npz", "gone/out.npz"),
+    (f"{FID} folder folder --num 1", "--num"),
+    (f"{FID} folder folder --dims 100", "100"),
+    (f"{FID} folder folder --device gpu", "gpu"),
+    (f"{FID} folder folder --weights gone.pth", "gone.pth"),
+    (f"{FID} folder folder --weights text.npz", "text.npz"),
+    (f"{FID} folder folder --weights hostile.pt", "hostile.pt"),
+    (f"{FID} folder folder --dims 768", "weights.pth"),
+]
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def png_chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def make_files(root):
+    """Fills `root` with everything that ROWS name."""
+    grey = np.random.RandomState(0).randint(0, 256, (12, 8, 8), np.uint8)
+    picture = Image.fromarray(grey[0]).convert("RGB").resize((40, 30))
+    picture.save(root / "a.png")
+    picture.resize((400, 300)).save(root / "whole.jpg", quality=95)
+    (root / "cut.jpg").write_bytes((root / "whole.jpg").read_bytes()[:3000])
+    (root / "zero.png").write_bytes(b"")
+    (root / "noise.png").write_bytes(bytes(grey.ravel()))
+    (root / "bomb.png").write_bytes(                        # 3.6 thousand million pixels in a hundred bytes
+        b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0))
+        + png_chunk(b"IDAT", zlib.compress(b"\0" * 100)) + png_chunk(b"IEND", b""))
+    os.mkfifo(root / "pipe.png")
+    for name in ("empty", "folder", "one", "broken", "one_class/a", "hollow/a", "hollow/b", "hollow/c", "circle"):
+        (root / name).mkdir(parents=True)
+    (root / "circle" / "again").symlink_to(root / "circle", target_is_directory=True)
+    for i in range(4):
+        picture.save(root / "folder" / f"{i} ü.PNG")
+        picture.save(root / "one_class" / "a" / f"{i}.png")
+    picture.save(root / "one" / "a.png")
+    picture.save(root / "broken" / "a.png")
+    (root / "broken" / "b.png").write_text("no image")
+    for c in range(5):
+        (root / "classes" / f"class {c}").mkdir(parents=True)
+        for i in range(6):
+            Image.fromarray(grey[i]).save(root / "classes" / f"class {c}" / f"{i}.png")
+    (root / "text.npz").write_text("no array")
+    np.savez(root / "pickled.npz", images=np.array([{}]), labels=np.array([{}]), arr_0=np.array([{}]))
+    np.savez(root / "no_labels.npz", images=grey)
+    np.savez(root / "few_labels.npz", images=grey, labels=np.arange(3))
+    np.savez(root / "float.npz", images=grey / 255, labels=np.arange(12) // 4)
+    np.savez(root / "images.npz", images=grey, labels=np.arange(12) // 4)
+    np.savez(root / "stats.npz", mu=np.zeros(3), sigma=np.eye(3))
+    (root / "truncated.npz").write_bytes((root / "images.npz").read_bytes()[:500])
+    config = fsdm.Config(**SMALL)
+    good = dict(config=dataclasses.asdict(config), ema=fsdm.FSDM(config).state_dict(), model={})
+    torch.save(good, root / "good.pt")
+    torch.save(dict(good, config=dict(good["config"], hidden_size=2 ** 40)), root / "huge.pt")
+    torch.save(dict(good, ema=dict(list(good["ema"].items())[1:])), root / "other.pt")
+    torch.save([1, 2, 3], root / "list.pt")
+    with open(root / "hostile.pt", "wb") as file:
+        pickle.dump(Hostile(), file)
+    torch.save(fid.Inception(64).state_dict(), root / "weights.pth")
+
+
+def call(command):
+    """Runs a program as `python command` would, without a new interpreter -> exit code, stderr."""
+    argv, err = shlex.split(command), io.StringIO()
+    before = sys.argv
+    try:
+        sys.argv = argv
+        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+            runpy.run_path(str(HERE / argv[0]), run_name="__main__")
+        return 0, err.getvalue()
+    except SystemExit as error:
+        return error.code, err.getvalue()
+    finally:
+        sys.argv = before
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("files")
+    make_files(root)
+    return root
+
+
+@pytest.mark.parametrize("command, word", ROWS, ids=[f"{row[0].split()[0]}-{i}" for i, row in enumerate(ROWS)])
+def test_bad_input_is_one_sentence_with_code_2_and_nothing_is_written(files, monkeypatch, command, word):
+    monkeypatch.chdir(files)
+    before = {path: path.stat().st_mtime_ns for path in files.rglob("*") if path.is_file()}
+    code, said = call(command)
+    last = said.rstrip().splitlines()[-1]
+    assert code == 2 and word in last and last.startswith(command.split()[0]) and "Traceback" not in said, said
+    assert {path: path.stat().st_mtime_ns for path in files.rglob("*") if path.is_file()} == before
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as root:
+        make_files(Path(root))
+        os.chdir(root)
+        for command, _ in ROWS:
+            code, said = call(command)
+            said = said.rstrip().splitlines()[-1].replace(root, "")
+            print(f"| `{re.sub(re.escape(SHAPE), '', command)}` | {code} | {said} |")

@@ -1,0 +1,107 @@
+"""Claims about the CUDA path. They run on an inert GPU, where one is at hand: PyTorch's dispatcher, allocator,
+compiler and attention selection are the real ones there, every value is garbage, every time meaningless."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent.parent
+INERT = HERE.parent / "shared" / "fakecuda" / "run"
+pytestmark = pytest.mark.skipif(not INERT.exists() or shutil.which("gcc") is None or not torch.backends.cuda.is_built(),
+                                reason="needs an inert GPU (../shared/fakecuda/run), gcc and a CUDA build of torch")
+
+
+def on(gpu, count, *command, **environment):
+    """Runs `python command` as if the machine had `count` such GPUs -> exit code, everything it said."""
+    done = subprocess.run([INERT, gpu, str(count), sys.executable, *command], cwd=HERE, capture_output=True, text=True,
+                          env=os.environ | dict(PYTHON=sys.executable) | environment)
+    return done.returncode, done.stdout + done.stderr
+
+
+LOOP = """
+import sys, torch, fsdm, train
+args, config = train.parse_args(sys.argv[1:])
+device, rank, world = train.connect(args.device)
+dtype, reason = fsdm.choose_precision(device, args.precision)
+compiled, why = train.choose_compile(device, args.no_compile)
+print("precision", dtype, "compiled", compiled)
+training = train.make_training(config, args, device, dtype)
+size = config.sample_size
+images = torch.randint(0, 256, (8 * size, config.in_channels, config.image_size, config.image_size), dtype=torch.uint8)
+split = fsdm.Split(images.to(device), torch.arange(0, 8 * size + 1, size, device=device), [""] * 8, size)
+train.compile_in_place(training.model, device, dtype)
+def step(i):
+    draw = lambda: train.draw_batch(split, args.batch_size, config, fsdm.rng(device, 0, i), config.vary_support,
+                                    config.context_dropout)
+    return train.train_step(training.model, training, [draw], args, dtype, i)
+step(0)
+torch.cuda.set_sync_debug_mode("error")
+for i in range(1, 21):
+    step(i)
+torch.cuda.set_sync_debug_mode("default")
+print("peak %.2f GiB" % (torch.cuda.max_memory_allocated() / 2 ** 30))
+train.validate(training.ema, split, args, dtype)
+support = images[:size - 1][None].to(device)
+with torch.autocast("cuda", dtype):
+    fsdm.sample(training.ema, support, 2, steps=2)
+step(21)
+counters = torch._dynamo.utils.counters
+print("graphs", counters["stats"]["unique_graphs"], "breaks", sum(counters["graph_break"].values()))
+"""
+
+
+@pytest.mark.parametrize("flags", ("--preset t4 --depth 2 --encoder_depth 1 --batch_size 4",
+                                   "--preset reference --depth 2 --encoder_depth 1 --batch_size 4"))
+def test_on_a_t4_twenty_steps_never_wait_and_are_one_graph(flags):
+    code, said = on("t4", 1, "-c", LOOP, *flags.split())
+    assert code == 0, said[-3000:]
+    assert "precision torch.float16 compiled True" in said and "graphs 1 breaks 0" in said, said[-3000:]
+
+
+ATTENTION = """
+import math, torch, fsdm
+from torch.nn.attention import SDPBackend, sdpa_kernel
+for name, preset in fsdm.PRESETS.items():
+    config = fsdm.Config(**preset)
+    if config.denoiser != "dit":
+        continue
+    for total in (config.hidden_size, config.hdim):
+        heads = math.gcd(total, config.num_heads)
+        width = total // heads
+        q = torch.randn(2, 36, heads, width, device="cuda", dtype=torch.float16, requires_grad=True)
+        mask = torch.ones(2, 1, 36, 36, dtype=torch.bool, device="cuda")
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+            fsdm.attend(q, q, q).sum().backward()
+            fsdm.attend(q, q, q, mask).sum().backward()
+        print(name, width, "efficient")
+"""
+
+
+def test_on_a_t4_every_preset_gets_the_memory_efficient_attention():
+    code, said = on("t4", 1, "-c", ATTENTION)
+    assert code == 0 and "wide 50 efficient" in said, said[-3000:]
+
+
+def test_a_card_that_is_too_small_is_one_sentence(tmp_path):
+    code, said = on("t4", 1, "train.py", "--preset", "reference", "--dataset", "glyphs", "--max_steps", "2",
+                    "--no_compile", "--out_dir", str(tmp_path / "out"), FAKECUDA_MEM_MB="1500")
+    assert code == 2 and "out of memory: lower --batch_size" in said and "Traceback" not in said, said[-3000:]
+
+
+def test_a_gpu_without_kernels_is_one_sentence(tmp_path):
+    code, said = on("p100", 1, "train.py", "--out_dir", str(tmp_path / "out"))
+    assert code == 2 and "no kernels for" in said and "6.0" in said and "Traceback" not in said, said[-3000:]
+
+
+def test_two_gpus_are_pointed_out_and_torchrun_uses_both(tmp_path):
+    flags = ["train.py", "--preset", "t4", "--depth", "1", "--encoder_depth", "1", "--batch_size", "2", "--no_compile",
+             "--dataset", "glyphs", "--max_steps", "2", "--log_interval", "1", "--num_eval_batches", "1"]
+    code, said = on("t4", 2, *flags, "--out_dir", str(tmp_path / "one"))
+    assert code == 0 and "torchrun --standalone --nproc_per_node=2" in said, said[-3000:]
+    code, said = on("t4", 2, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *flags,
+                    "--out_dir", str(tmp_path / "two"))
+    assert code == 0 and "cuda:0 and 1 more" in said and said.count("stopped at step 2") == 1, said[-3000:]
