@@ -455,7 +455,7 @@ def main(argv=None):
     if compiled:
         compile_in_place(model, device, dtype)
     if world > 1:
-        net = DistributedDataParallel(model, broadcast_buffers=False)
+        net = DistributedDataParallel(model)
 
     def batch(step, part):                                                  # a function that draws it
         return lambda: draw_batch(data["train"], args.batch_size // parts, config,
@@ -479,16 +479,16 @@ def main(argv=None):
 
         if step % args.log_interval == 0:
             value, kl, norm = torch.stack(training.history).nanmean(0).tolist()
-            if in_a_row >= PATIENCE:
-                raise ValueError(f"the last {int(in_a_row)} gradients were not finite (step {step}): lower --lr, or "
+            lost, streak = int(skipped), int(in_a_row)
+            if streak >= PATIENCE:
+                raise ValueError(f"the last {streak} gradients were not finite (step {step}): lower --lr, or "
                                  f"train with --precision fp32; {ckpt} is as it was")
             rate = (step - clock[1]) * args.batch_size * config.sample_size / (time.time() - clock[0])
             left = min(deadline - time.time(), (args.max_steps - step) * args.batch_size * config.sample_size / rate)
             drawn = config.mode_context == "variational"
             log(f"step {step:>7,}  loss {value:.4f}{f'  KL {kl:.2f}' if drawn else ''}  {rate:,.0f} images/s"
-                f"  {left / 60:,.0f} min left"
-                + (f"  {int(skipped)} steps skipped: not finite" if skipped else ""),
-                step=step, loss=value, kl=kl, grad_norm=norm, skipped=int(skipped), images_per_second=rate,
+                f"  {left / 60:,.0f} min left{f'  {lost} steps skipped: not finite' if lost else ''}",
+                step=step, loss=value, kl=kl, grad_norm=norm, skipped=lost, images_per_second=rate,
                 seconds=time.time() - started,
                 **(diagnostics(training, batch(step - 1, mine[0])(), dtype, args.grad_clip) if args.debug else {}))
             training.history.clear()
