@@ -879,6 +879,7 @@ def sample(model, support, n, sampler="2m", steps=20, guidance=1.0, seed=0, firs
     sees = torch.ones(B, 1, K, dtype=torch.bool, device=support.device)
     if guidance != 1:
         sees = torch.cat([sees, torch.zeros_like(sees)], 1)                     # [B, 2, K]: the support, and nothing
+
     def normal(stream):                                                         # numbers of image i's own
         generators = [rng("cpu", seed, stream, first + i) for i in range(B * n)]
         return lambda *shape: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(support.device)

@@ -69,8 +69,6 @@ def write_whole(path, save):
     try:
         with open(temporary, "wb") as file:
             save(file)
-            file.flush()
-            os.fsync(file.fileno())                                 # on the disk before it has the name
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -145,6 +145,7 @@ def connect(requested):
     if requested in ("auto", "cuda") and torch.cuda.is_available():
         requested = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = fsdm.choose_device(requested)
+    torch.set_float32_matmul_precision("high")          # TF32 where it exists
     if device.type == "cuda":
         torch.cuda.set_device(device)
         if world == 1 and torch.cuda.device_count() > 1:
@@ -255,7 +256,6 @@ def train_step(net, training, batches, args, dtype, step):
     -> bool tensor on the device: whether the step was skipped."""
     model, ema, optimizers, scaler, history = training
     for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-        group["weight_decay"] = args.weight_decay           # a resumed run may have been given another
         group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup_steps),
                                     (args.max_steps - step) / max(1, args.cooldown_steps))
     model.zero_grad(set_to_none=True)
@@ -385,6 +385,8 @@ def load_training(path, args, config, training):
         ema.load_state_dict(saved["ema"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
+            for group in optimizer.param_groups:
+                group["weight_decay"] = args.weight_decay   # as asked for now; lr is set at every step
         scaler.load_state_dict(saved["scaler"])
         history += [row.to(model.alpha_bar.device) for row in saved["history"]]
         return saved["step"]
@@ -420,7 +422,6 @@ def main(argv=None):
     compiled, why = choose_compile(device, args.no_compile)
     say(f"device {device}{f' and {world - 1} more' if world > 1 else ''}, {str(dtype)[6:]} ({reason}), "
         f"{'compiled' if compiled else 'eager'} ({why})")
-    torch.set_float32_matmul_precision("high")                              # TF32 where it exists
     if args.benchmark:
         return benchmark(config, args, device, dtype, compiled)
 
@@ -457,10 +458,11 @@ def main(argv=None):
     if world > 1:
         net = DistributedDataParallel(model)
 
-    def batch(step, part):                                                  # a function that draws it
-        return lambda: draw_batch(data["train"], args.batch_size // parts, config,
-                                  rng(device, args.seed, TRAINING, step, part), config.vary_support,
-                                  config.context_dropout)
+    def batches(step):                                                      # functions that draw this process's parts
+        return [lambda part=part: draw_batch(
+                    data["train"], args.batch_size // parts, config, rng(device, args.seed, TRAINING, step, part),
+                    config.vary_support, config.context_dropout)
+                for part in range(rank * args.accumulate, (rank + 1) * args.accumulate)]
 
     stop = []                                                               # a signal asks for the last save
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -470,8 +472,7 @@ def main(argv=None):
     deadline = started + args.max_hours * 3600 if args.max_hours is not None else math.inf
     saved, shown = time.time(), None                                        # when, and the step of the last picture
     while step < args.max_steps and not anyone(bool(stop) or time.time() + room > deadline):
-        mine = range(rank * args.accumulate, (rank + 1) * args.accumulate)
-        bad = train_step(net, training, [batch(step, part) for part in mine], args, dtype, step)
+        bad = train_step(net, training, batches(step), args, dtype, step)
         step += 1
         skipped, in_a_row = skipped + bad, (in_a_row + 1) * bad
         if step == first + 1 and step % args.log_interval:
@@ -483,14 +484,14 @@ def main(argv=None):
             if streak >= PATIENCE:
                 raise ValueError(f"the last {streak} gradients were not finite (step {step}): lower --lr, or "
                                  f"train with --precision fp32; {ckpt} is as it was")
-            rate = (step - clock[1]) * args.batch_size * config.sample_size / (time.time() - clock[0])
-            left = min(deadline - time.time(), (args.max_steps - step) * args.batch_size * config.sample_size / rate)
-            drawn = config.mode_context == "variational"
-            log(f"step {step:>7,}  loss {value:.4f}{f'  KL {kl:.2f}' if drawn else ''}  {rate:,.0f} images/s"
+            pace = (step - clock[1]) / (time.time() - clock[0])
+            rate = pace * args.batch_size * config.sample_size
+            left = min(deadline - time.time(), (args.max_steps - step) / pace)
+            log(f"step {step:>7,}  loss {value:.4f}{f'  KL {kl:.2f}' if kl else ''}  {rate:,.0f} images/s"
                 f"  {left / 60:,.0f} min left{f'  {lost} steps skipped: not finite' if lost else ''}",
                 step=step, loss=value, kl=kl, grad_norm=norm, skipped=lost, images_per_second=rate,
                 seconds=time.time() - started,
-                **(diagnostics(training, batch(step - 1, mine[0])(), dtype, args.grad_clip) if args.debug else {}))
+                **(diagnostics(training, batches(step - 1)[0](), dtype, args.grad_clip) if args.debug else {}))
             training.history.clear()
             clock = (time.time(), step)
         if rank == 0 and (step % args.save_interval == 0 or time.time() - saved > SAVE_SECONDS):
@@ -515,11 +516,17 @@ def main(argv=None):
         f"python sample.py --ckpt {ckpt} --support your images generates")
 
 
+def random_split(config, device, classes=64):
+    """-> a Split of noise, for measuring."""
+    M, size = classes * config.sample_size, config.image_size
+    images = torch.randint(0, 256, (M, config.in_channels, size, size), dtype=torch.uint8)
+    return fsdm.Split(images, torch.arange(0, M + 1, config.sample_size), [""] * classes, config.sample_size).to(device)
+
+
 def benchmark(config, args, device, dtype, compiled):
     """Prints time, arithmetic and memory of training steps and of sampling, on random images; trains nothing."""
     size, sets = config.sample_size, args.batch_size // args.accumulate
-    images = torch.randint(0, 256, (64 * size, config.in_channels, *(config.image_size,) * 2), dtype=torch.uint8)
-    split = fsdm.Split(images.to(device), torch.arange(0, 64 * size + 1, size, device=device), [""] * 64, size)
+    split = random_split(config, device)
     training = make_training(config, args, device, dtype)
     draw = lambda sets: draw_batch(split, sets, config, rng(device, 0), config.vary_support, config.context_dropout)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):   # fused attention counts as none
@@ -550,7 +557,7 @@ def benchmark(config, args, device, dtype, compiled):
         training.model, training, [lambda: draw(sets)] * args.accumulate, args, dtype, 0))
     print(f"  {flops / 1e9:.2f} GFLOP an image, {speed * flops / 1e12:.3f} TFLOP/s: {speed * flops / rate:.0%} of this "
           f"machine's matrix products ({rate / 1e12:.2f} TFLOP/s in {str(dtype)[6:]})")
-    support = images[:8 * (size - 1)].view(8, size - 1, *images.shape[1:]).to(device)
+    support, _ = sample.draw_support(split, 8, max(1, size - 1), args.seed, PICTURE)
     report("sampling, 8 sets x 8 images, 2m in 20 steps", 64, lambda: sample.generate(training.ema, support, 8, dtype))
 
 
@@ -576,6 +583,8 @@ def write_checkpoint(path, step, training, args):
     def write(file):
         try:
             torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())                         # on the disk before it has the old one's name
         except RuntimeError as error:                       # torch's archive writer hides what the disk said
             raise error.__context__ if isinstance(error.__context__, OSError) else error
     write_whole(path, write)

@@ -38,9 +38,7 @@ def main(argv):
         raise SystemExit("speed.py: only for models with a deterministic context")
     device, _, _ = train.connect(args.device)
     dtype, reason = fsdm.choose_precision(device, args.precision)
-    size = config.sample_size
-    images = torch.randint(0, 256, (64 * size, config.in_channels, *(config.image_size,) * 2), dtype=torch.uint8)
-    split = fsdm.Split(images.to(device), torch.arange(0, 64 * size + 1, size, device=device), [""] * 64, size)
+    size, split = config.sample_size, train.random_split(config, device)
     draw = lambda: train.draw_batch(split, args.batch_size, config, fsdm.rng(device, 0), config.vary_support,
                                     config.context_dropout)
     torch.manual_seed(0)

@@ -110,6 +110,8 @@ ROWS = [
     (f"{FID} images.npz --save_stats images.npz", "overwrite"),
     (f"{FID} folder --save_stats gone/out.npz", "gone/out.npz"),
     (f"{FID} folder folder --num 1", "--num"),
+    (f"{FID} folder folder --batch_size 0", "--batch_size"),
+    (f"{FID} folder folder --device cuda:99", "cuda:99"),
     (f"{FID} folder folder --dims 100", "100"),
     (f"{FID} folder folder --device gpu", "gpu"),
     (f"{FID} folder folder --weights gone.pth", "gone.pth"),

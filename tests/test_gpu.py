@@ -31,9 +31,7 @@ dtype, reason = fsdm.choose_precision(device, args.precision)
 compiled, why = train.choose_compile(device, args.no_compile)
 print("precision", dtype, "compiled", compiled)
 training = train.make_training(config, args, device, dtype)
-size = config.sample_size
-images = torch.randint(0, 256, (8 * size, config.in_channels, config.image_size, config.image_size), dtype=torch.uint8)
-split = fsdm.Split(images.to(device), torch.arange(0, 8 * size + 1, size, device=device), [""] * 8, size)
+split = train.random_split(config, device)
 train.compile_in_place(training.model, device, dtype)
 def step(i):
     draw = lambda: train.draw_batch(split, args.batch_size, config, fsdm.rng(device, 0, i), config.vary_support,
@@ -46,7 +44,7 @@ for i in range(1, 21):
 torch.cuda.set_sync_debug_mode("default")
 print("peak %.2f GiB" % (torch.cuda.max_memory_allocated() / 2 ** 30))
 train.validate(training.ema, split, args, dtype)
-support = images[:size - 1][None].to(device)
+support = split.images[:config.sample_size - 1][None]
 with torch.autocast("cuda", dtype):
     fsdm.sample(training.ema, support, 2, steps=2)
 step(21)
