@@ -44,6 +44,7 @@ URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_
 HASH = "6726825d"                      # the file's SHA-256 starts so
 RESIZE = "bilinear 299, no antialias, as pytorch-fid"
 EXTENSIONS = (".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")         # only these: PostScript would run Ghostscript
 MAX_PIXELS = 2**26                     # in one image; more is a decompression bomb or not meant for a 299 x 299 network
 KEEP = 5_000                           # features kept for KID, precision and recall: 41 MB a side at 2048 dims
 
@@ -286,7 +287,7 @@ def read_image(path):
     if not os.path.isfile(path):                                         # a pipe named .png would wait for ever
         return f"{path}: not a file"
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 return f"{path}: {image.width} x {image.height} is more than {MAX_PIXELS} pixels"
             image = ImageOps.exif_transpose(image)
@@ -717,10 +718,15 @@ def measure(args):
         folder = os.path.dirname(os.path.abspath(args.save_stats))
         if not args.save_stats.endswith(".npz") or not os.path.isdir(folder):
             raise FIDError(f"--save_stats {args.save_stats}: expected a name ending in .npz in a folder that exists")
-        if os.path.exists(args.save_stats) and os.path.samefile(args.save_stats, args.real):
+        if os.path.realpath(args.save_stats) == os.path.realpath(args.real):
             raise FIDError(f"--save_stats {args.save_stats} would overwrite the images it is computed from")
     paths = {name: path for name, path in (("real", args.real), ("fake", args.fake)) if path is not None}
     stored = {name: os.path.isfile(path) and {"mu", "sigma"} <= set(npz_headers(path)) for name, path in paths.items()}
+    if args.save_stats and stored["real"]:
+        raise FIDError(f"{args.real} holds statistics already: give images to compute them from")
+    for name, path in paths.items():
+        if not stored[name]:
+            open_source(path, args.num)                                  # what cannot be read is said at once
     model = None if all(stored.values()) else load_inception(args.weights, args.dims, args.device)
     sides = {name: read_statistics(path, args.dims) if stored[name]
              else scan(path, model, args.num, args.batch_size, progress=name) for name, path in paths.items()}

@@ -1,6 +1,6 @@
 """Few-shot diffusion: give it a few images of something it has never seen, and it makes new images of that thing.
 
-    support images --set encoder--> context;   noisy target, time, context --DiT--> the clean target
+    support images --set encoder--> context;   noisy target, time, context --DiT--> its noise, or v
 
 In training every image of a set is the target once and its context is made from the others (leave-one-out), so that
 one batch of sets trains generation from a handful of images; classes are split, never images, so that what is shown
@@ -17,11 +17,13 @@ import dataclasses
 import hashlib
 import math
 import os
+import re
 import time
 import zipfile
 import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,32 +72,25 @@ class Config:
             value = getattr(self, field.name)
             need(type(value) is field.type or field.type is float and type(value) is int,
                  f"{field.name} is {value!r}: expected {field.type.__name__}")
-        for name in ("image_size", "patch_size", "encoder_patch_size", "hidden_size", "num_heads", "hdim"):
-            # the upper end is far above any use: a checkpoint from a stranger must not take all memory
-            need(1 <= getattr(self, name) <= 8192, f"{name} is {getattr(self, name)}: expected 1 .. 8192")
-        for name, least in (("depth", 1), ("encoder_depth", 0), ("sample_size", 1)):
-            need(least <= getattr(self, name) <= 512, f"{name} is {getattr(self, name)}: expected {least} .. 512")
-        need(0 < self.mlp_ratio <= 64, f"mlp_ratio is {self.mlp_ratio}: expected 0 < mlp_ratio <= 64")
-        need(self.in_channels in (1, 3), f"in_channels is {self.in_channels}: expected 1 (grey) or 3 (RGB)")
-        for name in ("patch_size", "encoder_patch_size"):
-            need(self.image_size % getattr(self, name) == 0,
-                 f"{name} {getattr(self, name)} does not divide image_size {self.image_size}")
-        need(self.hidden_size % self.num_heads == 0,
-             f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
-        need(self.denoiser in DENOISERS, f"denoiser '{self.denoiser}': expected one of {sorted(DENOISERS)}")
+        # the upper ends are far above any use: a checkpoint from a stranger must not take all memory
+        width, layers = (1, 8192), (1, 512)
+        for name, (low, high) in dict(
+                image_size=width, patch_size=width, encoder_patch_size=width, hidden_size=width, num_heads=width,
+                hdim=width, depth=layers, encoder_depth=(0, 512), sample_size=layers, mlp_ratio=(0.01, 64),
+                context_dropout=(0, 0.99), diffusion_steps=(2, 100_000)).items():
+            need(low <= getattr(self, name) <= high, f"{name} is {getattr(self, name)}: expected {low} .. {high}")
+        for name, known in dict(
+                in_channels=(1, 3), denoiser=DENOISERS, encoder=ENCODERS, schedule=SCHEDULES, prediction=("noise", "v"),
+                mode_conditioning=("film", "lag"), mode_context=("deterministic", "variational")).items():
+            need(getattr(self, name) in known, f"{name} is {getattr(self, name)!r}: expected one of {list(known)}")
+        for part, whole in dict(patch_size="image_size", encoder_patch_size="image_size",
+                                num_heads="hidden_size").items():
+            need(getattr(self, whole) % getattr(self, part) == 0,
+                 f"{part} {getattr(self, part)} does not divide {whole} {getattr(self, whole)}")
         need(self.denoiser == "dit" or self.encoder == "none",
              f"denoiser {self.denoiser} is conditioned on time only: pass --encoder none")
-        need(self.encoder in ENCODERS, f"encoder '{self.encoder}': expected one of {sorted(ENCODERS)}")
-        need(self.mode_conditioning in ("film", "lag"),
-             f"mode_conditioning '{self.mode_conditioning}': expected film or lag")
-        need(self.mode_context in ("deterministic", "variational"),
-             f"mode_context '{self.mode_context}': expected deterministic or variational")
-        need(self.schedule in SCHEDULES, f"schedule '{self.schedule}': expected one of {sorted(SCHEDULES)}")
-        need(self.prediction in ("noise", "v"), f"prediction '{self.prediction}': expected noise or v")
         need(self.encoder == "none" or self.sample_size >= 2,
              f"sample_size {self.sample_size}: at least 2, since each image is generated from the others")
-        need(0 <= self.context_dropout < 1, f"context_dropout {self.context_dropout}: expected 0 <= p < 1")
-        need(2 <= self.diffusion_steps <= 100_000, f"diffusion_steps {self.diffusion_steps}: expected 2 .. 100000")
 
 
 FEW_SHOT = dict(encoder="image", mode_conditioning="lag", context_dropout=0.1, vary_support=True,
@@ -117,6 +112,9 @@ PRESETS = {
 
 
 # ---- Randomness has an address: (seed, stream, step, rank), so that a resumed run repeats nothing and saves nothing.
+
+SAMPLING, TRAINING, VALIDATION, PICTURE, EVALUATION, SETS, CONTEXT, GLYPHS = *range(1, 8), 71   # the streams
+
 
 def rng(device, seed, *address):
     """A torch.Generator on `device`, a function of the whole numbers `seed` and `address` only."""
@@ -156,7 +154,7 @@ def draw_sets(split, sets, size, generator):
 
 def split_by_name(names):
     """Class names -> {"train": labels, "val": ..., "test": ...}: 70/10/20 percent in the order of the names' SHA-1."""
-    order = sorted(range(len(names)), key=lambda c: hashlib.sha1(str(names[c]).encode()).digest())
+    order = sorted(range(len(names)), key=lambda c: hashlib.sha1(names[c].encode()).digest())
     if len(names) < 3:
         raise ValueError(f"{len(names)} class(es) found: at least 3 are needed, one each to train, validate and test")
     test, val = max(1, len(names) // 5), max(1, len(names) // 10)
@@ -178,6 +176,7 @@ def split_fc100(names):
 
 def split_background(evaluation):
     """Omniglot's rule: the last 10 percent of the background classes validate, the evaluation classes test."""
+    evaluation = np.asarray(evaluation, bool)                                   # ~ of 0 and 1 would be -1 and -2
     background = np.flatnonzero(~evaluation)
     val = math.ceil(len(background) / 10)
     return {"train": background[:-val], "val": background[-val:], "test": np.flatnonzero(evaluation)}
@@ -189,41 +188,42 @@ def to_picture(image, size, channels):
     if image.mode.startswith(("I", "F")):                       # 16-bit grey: PIL would clip it, not scale it
         wide = np.asarray(image, np.float32)
         image = Image.fromarray((wide / (257 if wide.max() > 255 else 1)).clip(0, 255).round().astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size), Image.Resampling.LANCZOS)
     return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
 
+# only these: a ".png" that holds PostScript would be given to Ghostscript
+FORMATS = [name for name in ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+           if name in Image.registered_extensions().values() and name in Image.OPEN]
+IMAGE_ENDINGS = tuple(ending for ending, name in Image.registered_extensions().items() if name in FORMATS)
+
+
 def read_picture(path, size, channels):
     """An image file -> uint8 [C, size, size]. Raises ValueError with a sentence when it cannot be read."""
-    if os.path.exists(path) and not os.path.isfile(path):                       # a pipe named .png would wait for ever
-        raise ValueError(f"{path} is no file")
+    if not os.path.isfile(path):                                                # a pipe named .png would wait for ever
+        raise ValueError(f"{path}: there is no such file")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return to_picture(image, size, channels)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:                                                  # decoders fail in many ways
         raise ValueError(f"{path} cannot be read as an image: {error}") from None
 
 
 def to_size(images, size, channels):
     """uint8 array [M, H, W] or [M, H, W, C] -> uint8 [M, channels, size, size]."""
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.ndim == 4 and images.shape[3] not in (1, 3):
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
         raise ValueError(f"images are {images.dtype} {images.shape}: expected uint8 [M, H, W] or [M, H, W, 1 or 3]")
-    if images.ndim == 4 and images.shape[3] == 1:
-        images = images[..., 0]
-    if images.ndim == 3 and channels == 3:
-        images = np.repeat(images[..., None], 3, axis=3)
-    if images.shape[1:] in ((size, size), (size, size, 3)) and images.shape[3:] == ((3,) if channels == 3 else ()):
-        return np.ascontiguousarray(images.reshape(len(images), size, size, channels).transpose(0, 3, 1, 2))
+    images = images[..., 0] if images.shape[3:] == (1,) else images
     return np.stack([to_picture(Image.fromarray(image), size, channels) for image in images])
 
 
-def glyphs(path, size, channels, download, classes=(1000, 100, 100), per_class=20, seed=0):
+def glyphs(path, size, channels, download, classes=(1000, 100, 100), per_class=20):
     """Invented characters, nothing downloaded: every class a few curved strokes in its own ink and paper colours,
     every image of it drawn again with its own jitter, slant, scale, pen width and colour shift."""
-    g, count = rng("cpu", seed, 71), sum(classes)
+    g, count = rng("cpu", 0, GLYPHS), sum(classes)
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(*shape, generator=g)
     # a class: two to four strokes between the nodes of a 3 x 3 lattice, each bent sideways, in [-1, 1] x [-1, 1]
     nodes = torch.cartesian_prod(torch.tensor([-0.55, 0.0, 0.55]), torch.tensor([-0.6, 0.0, 0.6]))
@@ -233,10 +233,14 @@ def glyphs(path, size, channels, download, classes=(1000, 100, 100), per_class=2
     strokes = torch.stack([start, (start + end) / 2 + aside, end], 2)               # [count, strokes, 3, 2]
     missing = torch.arange(4) >= torch.randint(2, 5, (count, 1), generator=g)
     strokes = torch.where(missing[..., None, None], strokes[:, :1], strokes)        # a missing one repeats the first
-    # of 32 pairs of colours, the first whose brightness differs enough to be read
-    pairs = torch.rand(count, 32, 2, 3, generator=g)
-    contrast = (pairs @ torch.tensor([0.30, 0.59, 0.11])).diff(dim=2).abs()[..., 0]
+    # of 128 pairs of colours, the first whose brightness differs enough to be read
+    pairs = torch.rand(count, 128, 2, 3, generator=g)
+    brightness = torch.tensor([0.30, 0.59, 0.11])                                   # of red, green and blue
+    contrast = (pairs @ brightness).diff(dim=2).abs()[..., 0]
     ink, paper = pairs[torch.arange(count), (contrast > 0.4).int().argmax(1)].unbind(1)
+
+    axis = torch.arange(size) + 0.5 - size / 2
+    pixels = torch.cartesian_prod(axis, axis).flip(1)                               # [H * W, 2]: x, y
 
     def draw(c):                                                                # class -> uint8 [per_class, 3, H, W]
         m, normal = per_class, lambda scale, *shape: scale * torch.randn(*shape, generator=g)
@@ -247,9 +251,7 @@ def glyphs(path, size, channels, download, classes=(1000, 100, 100), per_class=2
         cos, sin = zoom * angle.cos(), zoom * angle.sin()
         turn = torch.stack([cos, cos * slant - sin, sin, sin * slant + cos], 1).view(m, 2, 2)
         curve = (curve.view(m, -1, 2) @ turn.mT + normal(0.04, m, 1, 2)) * (size / 2)   # in pixels from the centre
-        axis = torch.arange(size) + 0.5 - size / 2
-        pixels = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).flip(-1).view(1, -1, 2)
-        distance = torch.cdist(pixels.expand(m, -1, -1), curve).amin(2)             # [m, H * W]
+        distance = torch.cdist(pixels, curve).amin(2)                               # [m, H * W]
         pen = size / 32 * 1.6 * (1 + normal(0.12, m, 1)).clamp(0.6)
         cover = (pen - distance + 0.5).clamp(0, 1)[:, None]                         # antialiased, [m, 1, H * W]
         tint = normal(0.025, m, 2, 3, 1)
@@ -258,35 +260,28 @@ def glyphs(path, size, channels, download, classes=(1000, 100, 100), per_class=2
 
     images = torch.cat([draw(c) for c in range(count)])
     if channels == 1:
-        images = images.float().mean(1, keepdim=True).round().byte()
-    bounds = np.cumsum((0, *classes))
-    keep = {name: range(bounds[i], bounds[i + 1]) for i, name in enumerate(("train", "val", "test"))}
+        images = torch.einsum("mchw,c->mhw", images.float(), brightness)[:, None].round().byte()
+    keep = dict(zip(("train", "val", "test"), np.split(np.arange(count), np.cumsum(classes[:2]))))
     return images.numpy(), np.repeat(np.arange(count), per_class), [f"glyph{c:04d}" for c in range(count)], keep
 
 
-def cifar100(path, size, channels, download):
-    """torchvision's CIFAR-100, train and test files together (600 images a class), split as FC100."""
-    files = [datasets.CIFAR100(path, train, download=download) for train in (True, False)]
-    images, labels = np.concatenate([f.data for f in files]), np.concatenate([f.targets for f in files])
-    return to_size(images, size, channels), labels, files[0].classes, split_fc100(files[0].classes)
+def both_files(source, split):
+    """A torchvision class of small arrays -> a loader: its train and test files together, split by class."""
+    def load(path, size, channels, download):
+        files = [source(path, train, download=download) for train in (True, False)]
+        images, labels = np.concatenate([f.data for f in files]), np.concatenate([f.targets for f in files])
+        return to_size(images, size, channels), labels, files[0].classes, split(files[0].classes)
+    return load
 
 
 def omniglot(path, size, channels, download):
     """torchvision's Omniglot: background alphabets train (the last 97 characters validate), evaluation tests."""
     files = [datasets.Omniglot(path, background, download=download) for background in (True, False)]
     names = [name for f in files for name in sorted(f._characters)]             # torchvision lists them unsorted
-    rank = {name: c for c, name in enumerate(names)}
-    found = [(image, rank[f._characters[label]]) for f in files for image, label in f]
-    images = np.stack([to_picture(ImageOps.invert(image), size, channels) for image, _ in found])
-    return (images, np.array([label for _, label in found]), names,
-            split_background(np.arange(len(names)) >= len(files[0]._characters)))
-
-
-def mnist(path, size, channels, download):
-    """torchvision's MNIST, train and test files together; the ten digits are split like any folder."""
-    files = [datasets.MNIST(path, train, download=download) for train in (True, False)]
-    images, labels = np.concatenate([f.data for f in files]), np.concatenate([f.targets for f in files])
-    return to_size(images, size, channels), labels, files[0].classes, split_by_name(files[0].classes)
+    found = [(to_picture(ImageOps.invert(image), size, channels), names.index(f._characters[label]))
+             for f in files for image, label in f]
+    images, labels = (np.stack(column) for column in zip(*found))
+    return images, labels, names, split_background(np.arange(len(names)) >= len(files[0]._characters))
 
 
 def celeba(path, size, channels, download):
@@ -301,31 +296,27 @@ def celeba(path, size, channels, download):
     return images, np.searchsorted(names, identity[rows]), [str(name) for name in names], keep
 
 
-IMAGE_ENDINGS = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN)
-
-
 def folder(path, size, channels, download):
     """A folder of class folders, with train/ val/ test/ inside or split by class name; unreadable files are named."""
     root, parts = Path(path), ("train", "val", "test")
     split = all((root / part).is_dir() for part in parts)
-    found = [d for part in parts for d in sorted((root / part).iterdir())] if split else sorted(root.iterdir())
-    found = [d for d in found if d.is_dir() and not d.name.startswith(".")]
-    images, labels, names, bad = [], [], [], []
-    for d in found:
-        files = sorted(f for f in d.rglob("*") if f.suffix.lower() in IMAGE_ENDINGS and not f.name.startswith("."))
-        before = len(images)
-        for f in files:
-            try:
-                images.append(read_picture(f, size, channels))
-            except ValueError as error:
-                bad.append(str(error))
-        if len(images) == before:
+    classes = [d for part in (parts if split else (".",)) for d in sorted((root / part).iterdir())
+               if d.is_dir() and not d.name.startswith(".")]
+    names = [f"{d.parent.name}/{d.name}" if split else d.name for d in classes]
+    images, labels, bad = [], [], []
+    for c, d in enumerate(classes):
+        for f in sorted(d.rglob("*")):
+            if f.suffix.lower() in IMAGE_ENDINGS and not any(p.startswith(".") for p in f.relative_to(d).parts):
+                try:
+                    images.append(read_picture(f, size, channels))
+                    labels.append(c)
+                except ValueError as error:
+                    bad.append(str(error))
+        if labels[-1:] != [c]:
             raise ValueError(f"class folder '{d}' holds no readable image: add images to it or remove it")
-        labels += [len(names)] * (len(images) - before)
-        names.append(f"{d.parent.name}/{d.name}" if split else d.name)
     if bad:
         print(f"{path}: {len(bad)} files left out: {', '.join(bad[:3])}{', ...' if bad[3:] else ''}")
-    keep = ({part: [c for c, name in enumerate(names) if name.startswith(part + "/")] for part in parts}
+    keep = ({part: [c for c, d in enumerate(classes) if d.parent.name == part] for part in parts}
             if split else split_by_name(names))
     return np.stack(images), np.array(labels), names, keep
 
@@ -356,7 +347,8 @@ def npz(path, size, channels, download):
     return to_size(images, size, channels), labels, names, keep
 
 
-DATASETS = {"glyphs": glyphs, "cifar100": cifar100, "omniglot": omniglot, "mnist": mnist, "celeba": celeba}
+DATASETS = {"glyphs": glyphs, "cifar100": both_files(datasets.CIFAR100, split_fc100), "omniglot": omniglot,
+            "mnist": both_files(datasets.MNIST, split_by_name), "celeba": celeba}
 
 
 def load_data(dataset, data_dir, size, channels, download=False):
@@ -364,14 +356,12 @@ def load_data(dataset, data_dir, size, channels, download=False):
 
     dataset: a key of DATASETS (files under `data_dir`), a folder of class folders, or an .npz.
     Raises ValueError or OSError with a sentence when there is nothing to load."""
-    source, path = DATASETS.get(dataset), data_dir
-    if source is None:
-        source, path = (folder if os.path.isdir(dataset) else npz if dataset.endswith(".npz") else None), dataset
+    source = DATASETS.get(dataset) or (folder if os.path.isdir(dataset) else npz if dataset.endswith(".npz") else None)
     if source is None:
         raise ValueError(f"dataset '{dataset}': expected one of {sorted(DATASETS)}, a folder of class folders, "
                          "or an .npz with images and labels")
     try:
-        images, labels, names, keep = source(path, size, channels, download)
+        images, labels, names, keep = source(data_dir if dataset in DATASETS else dataset, size, channels, download)
     except RuntimeError as error:                                               # torchvision's way to say "no files"
         raise OSError(f"{dataset}: {error} (--download fetches it, --data_dir says where it is)") from None
     return {name: make_split(images, labels, names, keep[name]) for name in ("train", "val", "test")}
@@ -402,12 +392,27 @@ def attend(q, k, v, mask=None):
     return out[..., :d].transpose(1, 2).flatten(2)
 
 
+class Linear(nn.Linear):
+    """Begins with Xavier's weights and no bias, as in DiT."""
+    def reset_parameters(self):                                                 # nn.Linear calls it
+        nn.init.xavier_uniform_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+def zero(layer):
+    """A branch or an output that begins at nothing (adaLN-Zero)."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class SelfAttention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
 
     def forward(self, x):                                                       # [B, N, D]
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)      # [B, N, heads, d] each
@@ -419,19 +424,19 @@ class CrossAttention(nn.Module):
     def __init__(self, width, heads, context_width):
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(context_width, 2 * width)
-        self.out = nn.Linear(width, width)
+        self.q = Linear(width, width)
+        self.kv = Linear(context_width, 2 * width)
+        self.out = Linear(width, width)
 
     def keys_values(self, tokens):                                              # [B, M, context width]
         return self.kv(tokens).unflatten(-1, (2, self.heads, -1)).unbind(2)     # [B, M, heads, d] each
 
     def forward(self, x, keys_values, mask):                                    # [B, n * N, D]
-        return self.out(attend(self.q(x).unflatten(-1, (self.heads, -1)), *keys_values, mask))
+        return self.out(attend(self.q(x).unflatten(-1, (self.heads, -1)), *keys_values, mask))     # [B, n * N, D]
 
 
 def mlp(width, hidden):
-    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+    return nn.Sequential(Linear(width, hidden), nn.GELU(approximate="tanh"), Linear(hidden, width))
 
 
 def modulate(x, shift, scale):
@@ -440,12 +445,12 @@ def modulate(x, shift, scale):
 
 
 def patchify(x, p):
-    """[B, C, H, W] -> [B, N, p * p * C], tokens row by row."""
+    """[B, C, H, W] -> [B, N, C * p * p], tokens row by row."""
     return F.pixel_unshuffle(x, p).flatten(2).mT
 
 
 def unpatchify(x, p):
-    """[B, N, p * p * C] -> [B, C, H, W], the inverse of patchify for square images."""
+    """[B, N, C * p * p] -> [B, C, H, W], the inverse of patchify for square images."""
     side = math.isqrt(x.shape[1])
     return F.pixel_shuffle(x.mT.unflatten(2, (side, side)), p)
 
@@ -492,43 +497,58 @@ class DiTBlock(nn.Module):
         if context_width is not None:
             self.norm_cross, self.cross = nn.LayerNorm(width), CrossAttention(width, heads, context_width)
         self.norm2, self.mlp = nn.LayerNorm(width), mlp(width, mlp_width)
-        self.ada = nn.Linear(width, 3 * branches * width)
+        self.ada = zero(Linear(width, 3 * branches * width))
         if depthwise_conv:
-            self.local = nn.Conv2d(width, width, 3, padding=1, groups=width)
-            nn.init.zeros_(self.local.weight)
-            nn.init.zeros_(self.local.bias)
+            self.local = zero(nn.Conv2d(width, width, 3, padding=1, groups=width))
 
     def forward(self, x, c, keys_values=None, mask=None):       # x [B * n, N, D], c [B * n, D]
         if hasattr(self, "local"):
             side = math.isqrt(x.shape[1])
             x = x + self.local(x.mT.unflatten(2, (side, side))).flatten(2).mT
-        ada = self.ada(c)[:, None].chunk(self.ada.out_features // x.shape[2], dim=2)    # [B * n, 1, D] each
-        x = x + ada[2] * self.attention(modulate(self.norm1(x), ada[0], ada[1]))
-        if keys_values is not None:
-            h = modulate(self.norm_cross(x), ada[6], ada[7])
-            h = h.unflatten(0, (keys_values[0].shape[0], -1)).flatten(1, 2)             # [B, n * N, D]
-            x = x + ada[8] * self.cross(h, keys_values, mask).view(x.shape)
-        return x + ada[5] * self.mlp(modulate(self.norm2(x), ada[3], ada[4]))           # [B * n, N, D]
+        # a branch's three: 0 attention, 1 MLP, 2 context
+        shift, scale, gate = self.ada(c).unflatten(1, (-1, 3, 1, x.shape[2])).unbind(2)     # [B * n, branches, 1, D]
+        x = x + gate[:, 0] * self.attention(modulate(self.norm1(x), shift[:, 0], scale[:, 0]))
+        if keys_values is not None:     # the targets of a set ask the same keys: one product of all their tokens
+            h = modulate(self.norm_cross(x), shift[:, 2], scale[:, 2])
+            h = h.reshape(len(keys_values[0]), -1, x.shape[2])                              # [B, n * N, D]
+            x = x + gate[:, 2] * self.cross(h, keys_values, mask).view(x.shape)
+        return x + gate[:, 1] * self.mlp(modulate(self.norm2(x), shift[:, 1], scale[:, 1]))     # [B * n, N, D]
 
 
-# ---- Set encoders: images of a set, and who may see whom, -> context. `sees` is bool [B, n, K]: target i is
-# generated from image j. In training the targets are the images themselves, and no target sees itself.
+# ---- Set encoders: the images of a set, and who sees whom, -> context. sees, bool [B, n, K]: target i is generated
+# from image j. In training the targets are the images themselves (n = K), and no target sees itself. An encoder returns
+# a vector for every target [B, n, D], G groups of N tokens [B, G, N, D], and looks, bool [B, n, G]: the groups that
+# target i may attend to. ImageEncoder: a group is an image, looks = sees; StackedEncoder: a target's own pass.
 
-class StackedEncoder(nn.Module):
-    """The documents' sViT: the images of a set stacked on channels, so the order matters and `sample_size` is the
-    most it can read. Every target needs its own pass; the images it sees fill the first slots, zeros the others."""
-    def __init__(self, config):
+class ImageEncoder(nn.Module):
+    """Reads each image by itself, once, whoever will look at it: the order never matters, any number of images
+    works, and leaving a target out is a mask. The vector is the mean over all patches of the seen images."""
+    def __init__(self, config, stacked=1):
         super().__init__()
-        self.slots, self.patch = config.sample_size, config.encoder_patch_size
-        tokens = (config.image_size // self.patch) ** 2
-        self.embed = nn.Linear(self.patch ** 2 * config.in_channels * self.slots, config.hdim)
-        self.pos = nn.Parameter(torch.cat([torch.randn(1, config.hdim) * 0.02,  # the CLS token comes first
-                                           position_table(tokens, config.hdim)]))
-        heads = math.gcd(config.hdim, config.num_heads)
-        self.blocks = nn.ModuleList(Block(config.hdim, heads) for _ in range(config.encoder_depth))
-        self.norm = nn.LayerNorm(config.hdim)
+        D, self.patch = config.hdim, config.encoder_patch_size
+        self.embed = Linear(self.patch ** 2 * config.in_channels * stacked, D)
+        self.pos = nn.Parameter(position_table((config.image_size // self.patch) ** 2, D))
+        heads = math.gcd(D, config.num_heads)                                   # hdim need not be hidden_size
+        self.blocks = nn.Sequential(*(Block(D, heads) for _ in range(config.encoder_depth)))
+        self.norm = nn.LayerNorm(D)
 
-    def forward(self, images, sees):                                            # [B, K, C, H, W], [B, n, K]
+    def forward(self, images, sees):                                            # [B, K, C, H, W], bool [B, n, K]
+        x = self.embed(patchify(images.flatten(0, 1), self.patch)) + self.pos   # [B * K, N, D]
+        x = self.norm(self.blocks(x)).unflatten(0, images.shape[:2])            # [B, K, N, D]
+        share = sees / sees.sum(2, keepdim=True).clamp(min=1)                   # [B, n, K]
+        return share.to(x.dtype) @ x.mean(2), x, sees                           # [B, n, D], [B, K, N, D], [B, n, K]
+
+
+class StackedEncoder(ImageEncoder):
+    """The documents' sViT: the images of a set stacked on channels in `sample_size` slots, so the order matters. Every
+    target needs its own pass; the images it sees fill the first slots, zeros the others (always at least one)."""
+    def __init__(self, config):
+        super().__init__(config, stacked=config.sample_size)
+        self.slots = config.sample_size
+        cls = torch.randn(1, config.hdim) * 0.02                                # the CLS token comes first
+        self.pos = nn.Parameter(torch.cat([cls, self.pos.detach()]))
+
+    def forward(self, images, sees):                                            # [B, K, C, H, W], bool [B, n, K]
         B, n, K = sees.shape
         first = sees.byte().argsort(dim=2, descending=True, stable=True)        # [B, n, K]: the seen ones come first
         chosen = images[torch.arange(B, device=images.device)[:, None, None], first]        # [B, n, K, C, H, W]
@@ -536,36 +556,12 @@ class StackedEncoder(nn.Module):
         chosen = F.pad(chosen, (0, 0) * 3 + (0, self.slots - K))                # [B, n, slots, C, H, W]
         x = self.embed(patchify(chosen.flatten(2, 3).flatten(0, 1), self.patch))            # [B * n, N, D]
         x = torch.cat([torch.zeros_like(x[:, :1]), x], 1) + self.pos            # [B * n, 1 + N, D]
-        for block in self.blocks:
-            x = block(x)
-        x = self.norm(x).unflatten(0, (B, n))                                   # [B, n, 1 + N, D]
+        x = self.norm(self.blocks(x)).unflatten(0, (B, n))                      # [B, n, 1 + N, D]
         only_own = torch.eye(n, dtype=torch.bool, device=sees.device) & sees.any(2, keepdim=True)
         return x[:, :, 0], x[:, :, 1:], only_own                                # [B, n, D], [B, n, N, D], [B, n, n]
 
 
-class ImageEncoder(nn.Module):
-    """Reads each image by itself, once, whoever will look at it: the order never matters, any number of images
-    works, and leaving a target out is a mask. The vector is the mean over the seen images, not over places."""
-    def __init__(self, config):
-        super().__init__()
-        self.patch = config.encoder_patch_size
-        tokens = (config.image_size // self.patch) ** 2
-        self.embed = nn.Linear(self.patch ** 2 * config.in_channels, config.hdim)
-        self.pos = nn.Parameter(position_table(tokens, config.hdim))
-        heads = math.gcd(config.hdim, config.num_heads)
-        self.blocks = nn.ModuleList(Block(config.hdim, heads) for _ in range(config.encoder_depth))
-        self.norm = nn.LayerNorm(config.hdim)
-
-    def forward(self, images, sees):                                            # [B, K, C, H, W], [B, n, K]
-        x = self.embed(patchify(images.flatten(0, 1), self.patch)) + self.pos   # [B * K, N, D]
-        for block in self.blocks:
-            x = block(x)
-        x = self.norm(x).unflatten(0, images.shape[:2])                         # [B, K, N, D]
-        share = sees / sees.sum(2, keepdim=True).clamp(min=1)                   # [B, n, K]
-        return share.to(x.dtype) @ x.mean(2), x, sees                           # [B, n, D], [B, K, N, D], [B, n, K]
-
-
-ENCODERS = {"stacked": StackedEncoder, "image": ImageEncoder, "none": None}
+ENCODERS = {"stacked": StackedEncoder, "image": ImageEncoder, "none": lambda config: None}
 
 
 # ---- Denoiser.
@@ -578,39 +574,28 @@ class Context(NamedTuple):
     kl: torch.Tensor | None = None          # [B, n] of a variational context
 
 
-# Kingma et al. 2021 (Variational Diffusion Models), appendix C: at low noise x differs from a clean picture by less
-# than a linear embedding (in bf16) can tell; its sine at these frequencies, 2^k pi, moves by as much as x itself can
-FOURIER_POWERS = (2, 4, 6)
-
-
 class DiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, self.patch = config.hidden_size, config.patch_size
         pixels = self.patch ** 2 * config.in_channels
-        self.powers = FOURIER_POWERS if config.fourier_features else ()
-        self.embed = nn.Linear(pixels * (1 + 2 * len(self.powers)), D, bias=False)
+        # Kingma et al. 2021 (Variational Diffusion Models), appendix C: sin and cos of 2^k pi x show what a linear
+        # embedding in bf16 cannot, the last noise of a level or two: moving x by 1/64 flips the sign of both at k = 6
+        self.powers = (2, 4, 6) if config.fourier_features else ()
+        self.embed = Linear(pixels * (1 + 2 * len(self.powers)), D, bias=False)
+        nn.init.xavier_uniform_(self.embed.weight[:, :pixels])
+        nn.init.zeros_(self.embed.weight[:, pixels:])           # until there is little noise they are noise themselves
         self.pos = nn.Parameter(position_table((config.image_size // self.patch) ** 2, D))
-        self.time = nn.Sequential(nn.Linear(256, D, bias=False), nn.SiLU(), nn.Linear(D, D, bias=False))
+        self.time = nn.Sequential(Linear(256, D, bias=False), nn.SiLU(), Linear(D, D, bias=False))
+        for layer in (self.time[0], self.time[2]):
+            nn.init.normal_(layer.weight, std=0.02)
         self.time_scale = 1000 / config.diffusion_steps
-        self.project = nn.Linear(config.hdim, D) if config.encoder != "none" else None
+        self.project = Linear(config.hdim, D) if config.encoder != "none" else None
         context_width = config.hdim if config.encoder != "none" and config.mode_conditioning == "lag" else None
         self.blocks = nn.ModuleList(
             DiTBlock(D, config.num_heads, int(D * config.mlp_ratio), context_width, config.depthwise_conv)
             for _ in range(config.depth))
-        self.norm, self.ada, self.out = nn.LayerNorm(D), nn.Linear(D, 2 * D), nn.Linear(D, pixels)
-
-    def initialise(self):
-        """Small normals for the time embedding, zeros where a branch or the output begins (adaLN-Zero), and for the
-        Fourier features, which are noise themselves until there is little of it."""
-        pixels = self.out.out_features
-        nn.init.xavier_uniform_(self.embed.weight[:, :pixels])
-        nn.init.zeros_(self.embed.weight[:, pixels:])
-        for layer in (self.time[0], self.time[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        for layer in [block.ada for block in self.blocks] + [self.ada, self.out]:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.norm, self.ada, self.out = nn.LayerNorm(D), zero(Linear(D, 2 * D)), zero(Linear(D, pixels))
 
     def keys_values(self, tokens):
         """Context tokens [B, M, hdim] -> the keys and values of every block, the same at every time: made once."""
@@ -625,7 +610,7 @@ class DiT(nn.Module):
             c = c + self.project(context.vector.flatten(0, 1))
             if context.keys_values:
                 keys_values = context.keys_values
-                mask = context.mask[:, :, None].expand(-1, -1, N, -1).flatten(1, 2)[:, None]    # [B, 1, n * N, M]
+                mask = context.mask.repeat_interleave(N, dim=1)[:, None]                  # [B, 1, n * N, M]
         c = F.silu(c)
         x = x.flatten(0, 1)                                                     # [B * n, C, H, W]
         x = torch.cat([x, *(f(2 ** k * math.pi * x) for k in self.powers for f in (torch.sin, torch.cos))], 1)
@@ -633,7 +618,7 @@ class DiT(nn.Module):
         for block, kv in zip(self.blocks, keys_values):
             x = block(x, c, kv, mask)
         shift, scale = self.ada(c)[:, None].chunk(2, dim=2)                     # [B * n, 1, D] each
-        x = self.out(modulate(self.norm(x), shift, scale))                      # [B * n, N, p * p * C]
+        x = self.out(modulate(self.norm(x), shift, scale))                      # [B * n, N, C * p * p]
         return unpatchify(x, self.patch).unflatten(0, (B, n))                   # [B, n, C, H, W]
 
 
@@ -648,9 +633,6 @@ class DilatedConv(nn.Module):
         self.blocks = nn.ModuleList(nn.Conv2d(D, D, 3, padding=d, dilation=d) for d in dilations)
         self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(8, D), D) for _ in dilations)
         self.out = nn.Conv2d(D, config.in_channels, 1)
-
-    def initialise(self):
-        """Convolutions begin as torch makes them."""
 
     def forward(self, x, t, context=None):
         """x [B, n, C, H, W] noisy images, t int [B, n] -> [B, n, C, H, W], noise or v. There is no context."""
@@ -686,21 +668,20 @@ SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
 def leave_one_out(sets, size, generator, vary=False, dropout=0.0):
     """-> bool [sets, size, size]: target i sees image j; never itself; all False: the null context.
 
-    vary: each target sees 1 .. size - 1 of the others, half the time all of them; dropout: the share that sees none."""
+    vary: each target sees 1 .. size - 1 of the others, more than half the time all; dropout: the share that sees none.
+    """
     device = generator.device
-    keys = torch.rand(sets, size, size, generator=generator, device=device)
-    keys = keys + 2 * torch.eye(size, device=device)                            # the target itself comes last
+    order = torch.rand(sets, size, size, generator=generator, device=device) + 2 * torch.eye(size, device=device)
+    rank = order.argsort(2).argsort(2)                                          # at random, the target itself last
     count = torch.randint(1, max(2, 2 * size - 1), (sets, size, 1), generator=generator, device=device)
-    count = count.clamp(max=size - 1)
-    if not vary:
-        count = torch.full_like(count, size - 1)
+    count = count.clamp(1 if vary else size - 1, size - 1)
     dropped = torch.rand(sets, size, 1, generator=generator, device=device) < dropout
-    return (keys.argsort(2).argsort(2) < count) & ~dropped
+    return (rank < count) & ~dropped
 
 
 def context_noise(config, targets, images, randn):
-    """-> what a variational context of that many targets and support images is drawn with, for FSDM.read; randn makes
-    normal numbers of a shape, with B in front of it."""
+    """Normal numbers to draw a variational context with: for the vector [B, n, D], and under lag for the tokens
+    [B, G, N, D]; None where nothing is drawn. randn(*shape) adds the B in front."""
     if config.encoder == "none" or config.mode_context == "deterministic":
         return None, None
     groups = targets if config.encoder == "stacked" else images
@@ -725,26 +706,15 @@ class FSDM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        make = ENCODERS[config.encoder]
-        self.encoder = make(config) if make else None
+        self.encoder = ENCODERS[config.encoder](config)
         self.denoiser = DENOISERS[config.denoiser](config)
-        if make and config.context_dropout:
+        if self.encoder is not None and config.context_dropout:
             self.null = nn.Parameter(torch.randn(config.hdim) * 0.02)           # the null context: no support at all
-        if make and config.mode_context == "variational":
-            self.posterior = nn.Sequential(nn.Linear(config.hdim, config.hdim), nn.GELU(),
-                                           nn.Linear(config.hdim, 2 * config.hdim))
+        if self.encoder is not None and config.mode_context == "variational":
+            self.posterior = nn.Sequential(Linear(config.hdim, config.hdim), nn.GELU(),
+                                           Linear(config.hdim, 2 * config.hdim))
         self.schedule = SCHEDULES[config.schedule](config.diffusion_steps)      # float64 [T], on the CPU, for samplers
         self.register_buffer("alpha_bar", self.schedule.float(), persistent=False)
-        self.initialise()
-
-    def initialise(self):
-        """DiT's: Xavier for matrices; the denoiser knows where zeros begin."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        self.denoiser.initialise()
 
     def infer(self, h, noise):
         """q(c | h) = N(mu, sigma^2) -> c = mu + sigma noise (mu when noise is None), and KL(q || N(0, I)), the sum over
@@ -762,9 +732,9 @@ class FSDM(nn.Module):
         vector, tokens, looks = self.encoder(images, sees)                      # [B, n, D], [B, G, N, D], [B, n, G]
         nothing, kl = ~sees.any(2, keepdim=True), None                          # [B, n, 1]
         if hasattr(self, "posterior"):
-            vector, kl = self.infer(vector, drawn[0])                           # [B, n]
+            vector, kl = self.infer(vector, drawn[0])                           # [B, n, D], [B, n]
             if self.config.mode_conditioning == "lag":
-                tokens, each = self.infer(tokens, drawn[1])                     # [B, G, N]
+                tokens, each = self.infer(tokens, drawn[1])                     # [B, G, N, D], [B, G, N]
                 kl = kl + (looks * each.sum(2)[:, None]).sum(2)                 # of the tokens that a target sees
             kl = kl.masked_fill(nothing.squeeze(2), 0)
         mask = looks.repeat_interleave(tokens.shape[2], dim=2)                  # [B, n, G * N]
@@ -824,7 +794,8 @@ def ddim(denoise, x, alpha_bar, steps, draw, eta=0.0, large=False):
     """DDIM (Song et al. 2021, eq. 12 and 16); eta = 1 is DDPM's ancestral sampling with its smaller variance, and
     with its larger one, beta, if `large` (their section 5.1)."""
     times = spaced_times(len(alpha_bar), steps)
-    for t, a, a_next in zip(times, alpha_bar[times].tolist(), alpha_bar[times[1:]].tolist() + [1.0]):
+    kept = [*alpha_bar[times].tolist(), 1.0]
+    for t, a, a_next in zip(times, kept, kept[1:]):
         x0 = denoise(x, t)
         noise = (x - a ** 0.5 * x0) / (1 - a) ** 0.5                            # consistent with the clipped x0
         sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5        # 0 in the last step
@@ -832,16 +803,6 @@ def ddim(denoise, x, alpha_bar, steps, draw, eta=0.0, large=False):
         if sigma > 0:
             x = x + ((1 - a / a_next) ** 0.5 if large else sigma) * draw()
     return x
-
-
-def ddpm(denoise, x, alpha_bar, steps, draw):
-    """Ancestral sampling (Ho et al. 2020, algorithm 2) with the posterior's variance."""
-    return ddim(denoise, x, alpha_bar, steps, draw, eta=1.0)
-
-
-def ddpm_beta(denoise, x, alpha_bar, steps, draw):
-    """Ancestral sampling as the paper's algorithm 2 is usually written, sigma = sqrt(beta); no noise at t = 0."""
-    return ddim(denoise, x, alpha_bar, steps, draw, eta=1.0, large=True)
 
 
 def dpm_solver(denoise, x, alpha_bar, steps, draw):
@@ -859,6 +820,8 @@ def dpm_solver(denoise, x, alpha_bar, steps, draw):
         before = x0
 
 
+ddpm = partial(ddim, eta=1.0)                   # Ho et al. 2020, algorithm 2, with the posterior's variance
+ddpm_beta = partial(ddim, eta=1.0, large=True)  # and as it is usually written, with sigma = sqrt(beta)
 SAMPLERS = {"ddpm": ddpm, "ddpm_beta": ddpm_beta, "ddim": ddim, "2m": dpm_solver}
 
 
@@ -901,9 +864,6 @@ def sample(model, support, n, sampler="2m", steps=20, guidance=1.0, seed=0, firs
     return to_bytes(x)
 
 
-SAMPLING, CONTEXT = 1, 7                    # streams of randomness; train.py and sample.py have their own
-
-
 # ---- Checkpoints, and what the machine is good at.
 
 def load_model(path, device="cpu", weights="ema"):
@@ -933,22 +893,20 @@ def choose_device(requested="auto"):
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {requested} cannot be used here: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if not has_kernels(capability, torch.cuda.get_arch_list()):
-            raise ValueError("torch {} has no kernels for {} (compute capability {}.{}): choose another GPU (on Kaggle "
-                             "T4 x2), --device cpu, or an older torch".format(
-                                 torch.__version__, torch.cuda.get_device_name(device), *capability))
+        major, minor = torch.cuda.get_device_capability(device)
+        if torch.version.cuda and not has_kernels((major, minor), torch.cuda.get_arch_list()):      # not on ROCm
+            raise ValueError(f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)} "
+                             f"(compute capability {major}.{minor}): choose another GPU (on Kaggle T4 x2), "
+                             "--device cpu, or an older torch")
     return device
 
 
 def has_kernels(capability, architectures):
     """(7, 5), ["sm_75", "sm_90a", "compute_120"] -> whether code for one of these runs on such a GPU."""
-    for kind, number in (name.split("_") for name in architectures):
-        built = divmod(int(number.rstrip("af")), 10)
-        # machine code runs on its own generation from its minor version on, PTX on everything later
-        if built <= capability and (kind == "compute" or built[0] == capability[0]):
-            return True
-    return False
+    built = [(kind, divmod(int(number), 10))
+             for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(architectures))]
+    # machine code runs on its own generation from its minor version on, PTX on everything later
+    return any(b <= capability and (kind == "compute" or b[0] == capability[0]) for kind, b in built)
 
 
 def choose_precision(device, requested="auto"):

@@ -18,13 +18,7 @@ from PIL import Image
 
 import fid
 import fsdm
-from fsdm import rng
-
-
-def load_support(paths, config):
-    """Files -> uint8 [1, K, C, H, W]. Raises ValueError naming the file that is not an image."""
-    pictures = [fsdm.read_picture(path, config.image_size, config.in_channels) for path in paths]
-    return torch.from_numpy(np.stack(pictures))[None]
+from fsdm import EVALUATION, SETS, rng
 
 
 def draw_support(split, sets, size, seed, stream):
@@ -85,27 +79,23 @@ def draw_questions(split, K, num, seed, shared_pool=False):
     the seed and the split only. Raises ValueError when no class has 4 K images."""
     if K < 1:
         raise ValueError("few-shot scores need at least one support image: pass --k 5")
-    generator, offsets = rng("cpu", seed, EVALUATION), split.offsets.tolist()
-    drawn = {c: (offsets[c] + torch.randperm(offsets[c + 1] - offsets[c], generator=generator),
-                 offsets[c] + torch.randperm(offsets[c + 1] - offsets[c], generator=generator))
-             for c in torch.randperm(len(split.names), generator=generator).tolist()}
-    wanted, questions = max(1, num // K), []
-    for r in range(wanted):                                         # one set of every class, then a second one, ...
-        for shuffled, again in drawn.values():
-            half, most = len(shuffled) // 2, len(shuffled) // (4 * K)
-            if r < most and len(questions) < wanted:
-                reference = again if shared_pool else shuffled[half:]
-                questions.append((shuffled[r * K:][:K], reference[r * K:][:K],
-                                  shuffled[half + (most + r) * K:][:K]))
-        if len(questions) >= wanted or len(questions) < (r + 1):
-            break
+    generator, offsets, questions = rng("cpu", seed, EVALUATION), split.offsets.tolist(), []
+    for c in torch.randperm(len(split.names), generator=generator).tolist():
+        shuffled, again = (offsets[c] + torch.randperm(offsets[c + 1] - offsets[c], generator=generator)
+                           for _ in range(2))
+        half, most = len(shuffled) // 2, len(shuffled) // (4 * K)   # most: the sets that this class allows
+        reference = again if shared_pool else shuffled[half:]
+        questions += [(r, shuffled[r * K:][:K], reference[r * K:][:K], shuffled[half + (most + r) * K:][:K])
+                      for r in range(most)]
     if not questions:
         raise ValueError(f"no class of this split has {4 * K} images, which {K} support images, references and "
                          "other real images need: lower --k")
-    return [torch.stack(column) for column in zip(*questions)]
+    questions.sort(key=lambda question: question[0])                # one set of every class, then a second one, ...
+    _, *columns = zip(*questions[:max(1, num // K)])
+    return [torch.stack(column) for column in columns]
 
 
-def evaluate(model, split, inception, num=2000, K=5, seed=0, shared_pool=False, log=print, **options):
+def evaluate(model, split, inception, num=2000, K=5, seed=0, shared_pool=False, **options):
     """Scores against references of the same classes, for the generated images and for both ends of the scale: the
     support images returned as they are, and other real images. options: those of generate.
 
@@ -115,7 +105,7 @@ def evaluate(model, split, inception, num=2000, K=5, seed=0, shared_pool=False, 
     support, reference, other = draw_questions(split, K, num, seed, shared_pool)
     device = split.images.device
     pictures = split.images[support.to(device)]                     # [S, K, C, H, W]
-    log(f"generating {support.numel():,} images, {K} from each of {len(support):,} support sets")
+    print(f"generating {support.numel():,} images, {K} from each of {len(support):,} support sets")
     sides = {"generated": generate(model, pictures, K, seed=seed, **options), "support returned": pictures,
              "other real images": split.images[other.to(device)]}
     look = lambda images: fid.features(images.flatten(0, 1).cpu(), inception)       # [S * K, dims]
@@ -148,9 +138,6 @@ def right_class(x, real, classes, ways=20):
     return torch.cat(right).float().mean().item()
 
 
-EVALUATION = 5                                                      # the stream of randomness of draw_questions
-
-
 def table(scores):
     """What evaluate returns -> lines of text."""
     digits = dict(fid=2, kid=5, kid_spread=5, precision=3, recall=3, nearest_support=3, right_class=3)
@@ -172,7 +159,7 @@ def parse_args(argv=None):
     p.add_argument("--download", action="store_true", help="fetch a named data set when it is not in data_dir")
     p.add_argument("--sets", type=int, default=8, help="support sets to take from the data set")
     p.add_argument("--k", type=int, help="support images a set; one less than the model's sample_size if left out")
-    p.add_argument("--num", type=int, default=8, help="images to generate for each set; in all with --evaluate")
+    p.add_argument("--num", type=int, help="images to generate for each set (8); with --evaluate in all (2000)")
     p.add_argument("--sampler", choices=fsdm.SAMPLERS, default="2m", help="2m: DPM-Solver++(2M), 20 steps do")
     p.add_argument("--steps", type=int, default=20, help="evaluations of the network per image")
     p.add_argument("--eta", type=float, help="noise of ddim: 0 none, 1 as much as ddpm")
@@ -191,6 +178,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if bool(args.support) == bool(args.dataset):
         p.error("pass either --support with image files or --dataset")
+    if args.num is None:
+        args.num = 2000 if args.evaluate else 8
     if args.evaluate and not args.dataset:
         p.error("--evaluate needs --dataset, for classes with real images to compare with")
     if args.eta is not None and args.sampler != "ddim":
@@ -211,16 +200,17 @@ def main(argv=None):
     options = dict(sampler=args.sampler, steps=args.steps, guidance=args.guidance, seed=args.seed, dtype=dtype,
                    batch_size=args.batch_size, draw_context=args.draw_context,
                    **({} if args.eta is None else {"eta": args.eta}))
-    names = None
     if args.support:
-        support = load_support(args.support, config).to(device)
+        pictures = [fsdm.read_picture(path, config.image_size, config.in_channels) for path in args.support]
+        support, labels = torch.from_numpy(np.stack(pictures))[None], {}
     else:
         data = fsdm.load_data(args.dataset, args.data_dir, config.image_size, config.in_channels, args.download)
         if args.evaluate:
             return run_evaluation(model, data, K, args, options)
         fsdm.check_data(data, K, [args.split])
         support, names = draw_support(data[args.split], args.sets, K, args.seed, SETS)
-        support = support.to(device)
+        labels = dict(labels=np.repeat(names, args.num))
+    support = support.to(device)                                    # [S, K, C, H, W]
     print(f"{args.weights} weights on {device}, {str(dtype)[6:]} ({reason}): {args.num} images for each of "
           f"{len(support)} support sets of {support.shape[1]}, {args.sampler} in {args.steps} steps, "
           f"guidance {args.guidance:g}, seed {args.seed}", flush=True)
@@ -230,8 +220,7 @@ def main(argv=None):
     flat = samples.flatten(0, 1).permute(0, 2, 3, 1).numpy()            # [S * num, H, W, C]
     for i, image in enumerate(flat):
         write_whole(out / "images" / f"{i:05d}.png", lambda file: Image.fromarray(image.squeeze()).save(file, "png"))
-    arrays = {"arr_0": flat} | ({"labels": np.repeat(names, args.num)} if names is not None else {})
-    write_whole(out / "samples.npz", lambda file: np.savez(file, **arrays))
+    write_whole(out / "samples.npz", lambda file: np.savez(file, arr_0=flat, **labels))
     write_whole(out / "grid.png", lambda file: grid(support, samples).save(file, "png"))
     print(f"{out / 'grid.png'} (support | samples), {len(flat)} images in {out / 'images'}, all in samples.npz")
 
@@ -262,7 +251,6 @@ def run_evaluation(model, data, K, args, options):
     print(f"\n{out / 'scores.json'} holds the scores with their recipe")
 
 
-SETS = 6                                                            # the stream of randomness of --dataset's sets
 
 if __name__ == "__main__":
     try:

@@ -11,20 +11,18 @@ Leaves in --out_dir: ckpt.pt, log.jsonl (every number printed), and at every sav
 trained on, support on the left and samples on the right. The same command again goes on from ckpt.pt.
 """
 import argparse
+import collections
 import copy
 import dataclasses
 import inspect
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -78,7 +76,7 @@ def parse_args(argv=None):
     p.add_argument("--cooldown_steps", type=int, help="steps before --max_steps over which it falls to 0 again")
     p.add_argument("--weight_decay", type=float, default=0.01, help="share of lr by which weights shrink a step")
     p.add_argument("--grad_clip", type=float, default=1.0, help="largest norm of the whole gradient")
-    p.add_argument("--kl_weight", type=float, default=0.1, help="of a variational context's KL over pixels an image")
+    p.add_argument("--kl_weight", type=float, default=1e-4, help="of a variational context's KL in the loss")
     p.add_argument("--ema_decay", type=float, help="of the averaged weights, after their warm-up")
     p.add_argument("--max_steps", type=int, help="0 prints the parameter table and stops")
     p.add_argument("--max_hours", type=float, help="stop in time for the last save within so many hours of this run")
@@ -180,36 +178,21 @@ def choose_compile(device, no_compile):
     return False, f"not on {device.type}"
 
 
-def compile_in_place(model, device, dtype):
+def compile_in_place(model, dtype):
     """Compiles model(...) as one graph; the weights keep their plain names. The first step then takes a while."""
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    # torch 2.10's cache overlooks the autocast dtype: a folder for each
-    name = re.sub(r"\W+", "_", f"fsdm_compiled_{torch.__version__}_{kind}_{dtype}")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), name))
+    torch.compiler.config.cache_key_tag = str(dtype)    # torch 2.10's cache overlooks the autocast dtype
     model.compile(fullgraph=True, dynamic=False)
 
 
-# ---- Pieces of the loop.
+# ---- One step: a batch of sets, the loss, the optimizers, the moving average.
 
-def parameter_table(model):
-    """One line per part with its number of parameters, and the totals."""
-    rows, total = [], sum(p.numel() for p in model.parameters())
-    for name, part in model.named_children():
-        for key in dict.fromkeys(key.split(".")[0] for key, _ in part.named_parameters()):
-            count = sum(p.numel() for k, p in part.named_parameters() if k.split(".")[0] == key)
-            rows.append(f"  {name}.{key:<12} {count:>12,}")
-        rows.append(f"{name + ', all of it':<18} {sum(p.numel() for p in part.parameters()):>12,}")
-    if hasattr(model, "null"):
-        rows.append(f"{'null context':<18} {model.null.numel():>12,}")
-    return "\n".join([*rows, f"{'model':<18} {total:>12,}"])
-
-
-def draw_batch(split, sets, config, generator, vary, dropout):
+def draw_batch(split, sets, config, generator, training=True):
     """-> images uint8 [B, K, C, H, W], sees bool [B, K, K], t int64 [B, K], noise float32 like the images, and noise
-    for a variational context."""
+    for a variational context. training: with dropped and varied support, if the Config says so."""
     index = fsdm.draw_sets(split, sets, config.sample_size, generator)
     images = split.images[index]
-    sees = fsdm.leave_one_out(*index.shape, generator, vary, dropout)
+    sees = fsdm.leave_one_out(*index.shape, generator, config.vary_support and training,
+                              config.context_dropout * training)
     t = torch.randint(config.diffusion_steps, index.shape, generator=generator, device=images.device)
     randn = lambda *shape: torch.randn(sets, *shape, generator=generator, device=images.device)
     drawn = fsdm.context_noise(config, config.sample_size, config.sample_size, randn)
@@ -242,32 +225,30 @@ class Training(NamedTuple):
 def make_training(config, args, device, dtype):
     model = FSDM(config).to(device)
     # in fp16 the scale keeps small gradients above zero; in all precisions the scaler skips a step that is not finite
-    scale = dict(init_scale=2.0 ** 16) if dtype == torch.float16 else dict(init_scale=1.0, growth_interval=2 ** 31 - 1)
     return Training(model, copy.deepcopy(model).eval().requires_grad_(False),
                     make_optimizers(model, args.optimizer, args.lr, args.weight_decay, device),
-                    torch.amp.GradScaler(device.type, **scale), [])
+                    torch.amp.GradScaler(device.type, init_scale=2.0 ** 16 if dtype == torch.float16 else 1.0), [])
 
 
 def train_step(net, training, batches, args, dtype, step):
-    """Updates the model by the mean gradient of `batches`, a list of functions that draw one; net is the model, or
-    DDP around it. Waits for no GPU, unless there are two optimizers. A gradient that is not finite changes neither
-    weights nor optimizers.
+    """Updates the model by the mean gradient of `args.accumulate` batches; net is the model, or DDP around it. Waits
+    for no GPU, unless there are two optimizers. A gradient that is not finite changes neither weights nor optimizers.
 
     -> bool tensor on the device: whether the step was skipped."""
     model, ema, optimizers, scaler, history = training
-    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-        group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup_steps),
-                                    (args.max_steps - step) / max(1, args.cooldown_steps))
+    lr = args.lr * min(1, (step + 1) / max(1, args.warmup_steps), (args.max_steps - step) / max(1, args.cooldown_steps))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
     model.zero_grad(set_to_none=True)
-    pixels, sums = model.config.in_channels * model.config.image_size ** 2, []
-    for draw in batches:
-        wait = net is model or draw is batches[-1]          # DDP averages gradients with the last part
-        with nullcontext() if wait else net.no_sync():
-            with torch.autocast(model.alpha_bar.device.type, dtype, enabled=dtype != torch.float32):
-                error, kl = net(*draw())
-                error, kl = error.mean(), torch.zeros_like(error[0, 0]) if kl is None else kl.mean()
-            scaler.scale((error + args.kl_weight * kl / pixels) / len(batches)).backward()
-            sums.append(torch.stack([error, kl]).detach() / len(batches))   # .item() here would wait for the GPU
+    device, sums = next(model.parameters()).device, []
+    for part, batch in enumerate(batches, 1):
+        net.require_backward_grad_sync = part == args.accumulate            # DDP averages gradients with the last part
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            error, kl = net(*batch)                                         # [B, K] each; kl is None if deterministic
+        error, kl = error.mean(), error.new_zeros(()) if kl is None else kl.mean()
+        scaler.scale((error + args.kl_weight * kl) / args.accumulate).backward()
+        sums.append(torch.stack([error, kl]).detach() / args.accumulate)    # .item() here would wait for the GPU
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
@@ -287,22 +268,41 @@ def train_step(net, training, batches, args, dtype, step):
 
 
 @torch.no_grad()
+def update_ema(ema, model, step, decay):
+    """EMA with a warm-up, so that it never holds on to the random initialisation (step counts from 1)."""
+    decay = min(decay, step / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+# ---- Looking at the model: its size, what the context is worth, pictures of classes never trained on.
+
+def parameter_table(model):
+    """One line per part with its number of parameters, and the total."""
+    counts = collections.Counter()
+    for key, p in model.named_parameters():
+        names = ("model", key.split(".")[0], ".".join(key.split(".")[:2]))
+        counts.update(dict.fromkeys(names, p.numel()))                      # a dict: a part without parts counts once
+    return "\n".join(f"{name:<28} {count:>12,}" for name, count in counts.items())
+
+
+@torch.no_grad()
 def validate(model, split, args, dtype):
     """Loss on unseen classes with fixed sets, times and noise, and the context gain: how much larger the loss is
     when each set is generated from the context of another set; in all, and for each fifth of the times (low t first).
     -> dict of floats."""
     device, T, sets = split.images.device, model.config.diffusion_steps, max(2, args.batch_size)
-    own, other, times = [], [], []
+    own, other, times = [], [], []                          # [B, K] of every batch
     for i in range(args.num_eval_batches):
         generator = rng(device, args.seed, VALIDATION, i)
-        images, sees, t, noise, _ = draw_batch(split, sets, model.config, generator, False, 0.0)
+        images, sees, t, noise, _ = draw_batch(split, sets, model.config, generator, training=False)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             own.append(model(images, sees, t, noise)[0])
             other.append(model(images, sees, t, noise, support=images.roll(1, 0))[0])
         times.append(t)
-    own, gain, fifth = torch.stack(own), torch.stack(other) - torch.stack(own), torch.stack(times) * 5 // T
+    loss, fifth = torch.stack(own), torch.stack(times) * 5 // T
+    gain = torch.stack(other) - loss
     by_noise = [round(gain[fifth == i].mean().item(), 5) for i in range(5)]
-    return {"val_loss": own.mean().item(), "context_gain": gain.mean().item(), "context_gain_by_noise": by_noise}
+    return {"val_loss": loss.mean().item(), "context_gain": gain.mean().item(), "context_gain_by_noise": by_noise}
 
 
 @torch.no_grad()
@@ -323,20 +323,55 @@ def diagnostics(training, batch, dtype, grad_clip):
     return {f"debug/{name}": value.item() for name, value in found.items()}
 
 
-@torch.no_grad()
-def update_ema(ema, model, step, decay):
-    """EMA with a warm-up, so that it never holds on to the random initialisation (step counts from 1)."""
-    decay = min(decay, step / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+def load_inception(args, device):
+    """-> the network that fid.py measures with, or None, said once, when its weights are not to be had."""
+    try:
+        return fid.load_inception(args.fid_weights, args.fid_dims, str(device))
+    except fid.FIDError as error:
+        return print(f"training without --compute_fid: {error}")
+
+
+def look(args, step, ema, split, dtype, inception, log):
+    """Shows the averaged weights on unseen classes: loss, context gain, a picture, few-shot scores if asked for."""
+    out, scores = Path(args.out_dir), validate(ema, split, args, dtype)
+    support, _ = sample.draw_support(split, 4 * args.num_sample_batches, ema.config.sample_size - 1, args.seed, PICTURE)
+    samples = sample.generate(ema, support, 8, dtype, guidance=2.0 if hasattr(ema, "null") else 1.0, seed=args.seed)
+    write_whole(out / f"samples_{step:07d}.png", lambda file: sample.grid(support, samples).save(file, "png"))
+    if inception is not None:
+        try:
+            scores["few_shot"], n = sample.evaluate(ema, split, inception, args.fid_num_samples, support.shape[1],
+                                                    args.seed, dtype=dtype)
+            scores["few_shot_recipe"] = dict(split="val", images=n, k=support.shape[1], dims=args.fid_dims,
+                                             weights="ema", sampler="2m", steps=20, guidance=1, seed=args.seed)
+            print(sample.table(scores["few_shot"]))
+        except (ValueError, fid.FIDError) as error:
+            print(f"no few-shot scores: {error}")
+    log(f"step {step:>7,}  unseen classes: loss {scores['val_loss']:.4f}, context gain {scores['context_gain']:.4f}, "
+        f"picture samples_{step:07d}.png", step=step, **scores)
+
+
+# ---- Keeping it: the log and the checkpoint.
+
+def start_wandb(args):
+    """-> wandb with a run begun. Raises ValueError when there is none."""
+    try:
+        import wandb
+        wandb.init(project="fsdm", name=args.out_dir, config=vars(args))
+        return wandb
+    except Exception as error:                              # not installed, not logged in, no network
+        raise ValueError(f"--use_wandb: {error} (pip install wandb, wandb login, or leave the flag out)") from None
 
 
 class Log:
     """Prints, and appends every record to log.jsonl; a resumed run drops what lies beyond its checkpoint."""
-    def __init__(self, path, step, earlier=None, wandb=None):
-        source = path if path.exists() or earlier is None else earlier
-        lines = source.read_text().splitlines() if step and source.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_whole(path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
+    def __init__(self, path, step, earlier, wandb):
+        def belongs(line):                                  # a full disk leaves half a line
+            try:
+                return json.loads(line)["step"] <= step
+            except ValueError:
+                return False
+        lines = earlier.read_text().splitlines() if step and earlier.exists() else []
+        write_whole(path, lambda file: file.write("".join(f"{line}\n" for line in lines if belongs(line)).encode()))
         self.path, self.wandb = path, wandb
 
     def __call__(self, sentence, **record):
@@ -350,25 +385,22 @@ class Log:
             print(f"{self.path} lacks this line: {error.strerror}; training goes on", flush=True)
 
 
-def start_wandb(args):
-    """-> wandb with a run begun. Raises ValueError when it is not installed."""
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError("--use_wandb needs the package wandb: pip install wandb, or leave the flag out") from None
-    try:
-        wandb.init(project="fsdm", name=args.out_dir, config=vars(args))
-    except wandb.Error as error:
-        raise ValueError(f"--use_wandb: {str(error).splitlines()[0]} (wandb login, or leave the flag out)") from None
-    return wandb
+def write_checkpoint(path, step, training, args):
+    """Replaces path whole or not at all. Raises ValueError when the weights are not finite, OSError on a full disk."""
+    if not torch.stack(torch._foreach_norm(list(training.model.parameters()))).isfinite().all():
+        raise ValueError(f"the weights are not finite at step {step}: lower --lr, or train with --precision fp32; "
+                         f"{path} is as it was")
+    state = dict(training.state(), config=dataclasses.asdict(training.model.config), step=step, dataset=args.dataset,
+                 optimizer=args.optimizer)
 
-
-def load_inception(args, device):
-    """-> the network that fid.py measures with, or None, said once, when its weights are not to be had."""
-    try:
-        return fid.load_inception(args.fid_weights, args.fid_dims, str(device))
-    except fid.FIDError as error:
-        return print(f"training without --compute_fid: {error}")
+    def write(file):
+        try:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())                         # on the disk before it has the old one's name
+        except RuntimeError as error:                       # torch's archive writer hides what the disk said
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
+    write_whole(path, write)
 
 
 def load_training(path, args, config, training):
@@ -376,8 +408,9 @@ def load_training(path, args, config, training):
     model, ema, optimizers, scaler, history = training
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        now = dict(dataclasses.asdict(config), dataset=args.dataset, optimizer=args.optimizer)
-        then = dict(saved["config"], dataset=saved["dataset"], optimizer=saved["optimizer"])
+        now = dict(dataclasses.asdict(config), dataset=Path(args.dataset).name, optimizer=args.optimizer)
+        then = dict(dataclasses.asdict(Config(**saved["config"])), dataset=Path(saved["dataset"]).name,
+                    optimizer=saved["optimizer"])
         differ = ", ".join(f"--{k} {then.get(k)} (now {v})" for k, v in now.items() if then.get(k) != v)
         if differ:
             raise ValueError(f"{path} was trained with {differ}: pass the same, another --out_dir, or --restart")
@@ -387,10 +420,13 @@ def load_training(path, args, config, training):
             optimizer.load_state_dict(state)
             for group in optimizer.param_groups:
                 group["weight_decay"] = args.weight_decay   # as asked for now; lr is set at every step
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]["scale"] != 1:                   # 1: saved where none was needed; fp16 starts with its own
+            scaler.load_state_dict(saved["scaler"])
         history += [row.to(model.alpha_bar.device) for row in saved["history"]]
         return saved["step"]
-    except (KeyError, TypeError, RuntimeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+    except (ValueError, OSError):
+        raise
+    except Exception as error:                              # what is no checkpoint fails in many ways
         raise ValueError(f"{path} cannot be resumed: {str(error).splitlines()[0]}") from None
 
 
@@ -445,7 +481,7 @@ def main(argv=None):
         say(f"going on from {source} at step {step:,}")
     inception = load_inception(args, device) if args.compute_fid and rank == 0 else None
     wandb = start_wandb(args) if args.use_wandb and rank == 0 else None
-    model, net, log = training.model, training.model, say
+    model, log = training.model, say
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         log = Log(out / "log.jsonl", step, source.with_name("log.jsonl"), wandb)
@@ -454,15 +490,13 @@ def main(argv=None):
         step=step, args=vars(args), config=dataclasses.asdict(config), device=str(device), processes=world,
         dtype=str(dtype), compiled=compiled, torch=torch.__version__)
     if compiled:
-        compile_in_place(model, device, dtype)
-    if world > 1:
-        net = DistributedDataParallel(model)
+        compile_in_place(model, dtype)
+    net = DistributedDataParallel(model) if world > 1 else model
 
-    def batches(step):                                                      # functions that draw this process's parts
-        return [lambda part=part: draw_batch(
-                    data["train"], args.batch_size // parts, config, rng(device, args.seed, TRAINING, step, part),
-                    config.vary_support, config.context_dropout)
-                for part in range(rank * args.accumulate, (rank + 1) * args.accumulate)]
+    def batches(step):                                                      # this process's parts, one by one
+        for part in range(rank * args.accumulate, (rank + 1) * args.accumulate):
+            yield draw_batch(data["train"], args.batch_size // parts, config,
+                             rng(device, args.seed, TRAINING, step, part))
 
     stop = []                                                               # a signal asks for the last save
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -491,7 +525,7 @@ def main(argv=None):
                 f"  {left / 60:,.0f} min left{f'  {lost} steps skipped: not finite' if lost else ''}",
                 step=step, loss=value, kl=kl, grad_norm=norm, skipped=lost, images_per_second=rate,
                 seconds=time.time() - started,
-                **(diagnostics(training, batches(step - 1)[0](), dtype, args.grad_clip) if args.debug else {}))
+                **(diagnostics(training, next(batches(step - 1)), dtype, args.grad_clip) if args.debug else {}))
             training.history.clear()
             clock = (time.time(), step)
         if rank == 0 and (step % args.save_interval == 0 or time.time() - saved > SAVE_SECONDS):
@@ -516,6 +550,8 @@ def main(argv=None):
         f"python sample.py --ckpt {ckpt} --support your images generates")
 
 
+# ---- How fast: the same step on random images.
+
 def random_split(config, device, classes=64):
     """-> a Split of noise, for measuring."""
     M, size = classes * config.sample_size, config.image_size
@@ -528,12 +564,12 @@ def benchmark(config, args, device, dtype, compiled):
     size, sets = config.sample_size, args.batch_size // args.accumulate
     split = random_split(config, device)
     training = make_training(config, args, device, dtype)
-    draw = lambda sets: draw_batch(split, sets, config, rng(device, 0), config.vary_support, config.context_dropout)
+    draw = lambda sets: draw_batch(split, sets, config, rng(device, 0))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):   # fused attention counts as none
         training.model(*draw(1))[0].mean().backward()
     flops = counter.get_total_flops() / size                                # an image, forward and backward
     if compiled:
-        compile_in_place(training.model, device, dtype)
+        compile_in_place(training.model, dtype)
     rate = fsdm.matmul_rate(device, dtype, 4096 if device.type == "cuda" else 1024)
 
     def report(name, count, run):
@@ -554,7 +590,7 @@ def benchmark(config, args, device, dtype, compiled):
         return count / median
 
     speed = report(f"training, {args.batch_size} sets of {size}", args.batch_size * size, lambda: train_step(
-        training.model, training, [lambda: draw(sets)] * args.accumulate, args, dtype, 0))
+        training.model, training, (draw(sets) for _ in range(args.accumulate)), args, dtype, 0))
     print(f"  {flops / 1e9:.2f} GFLOP an image, {speed * flops / 1e12:.3f} TFLOP/s: {speed * flops / rate:.0%} of this "
           f"machine's matrix products ({rate / 1e12:.2f} TFLOP/s in {str(dtype)[6:]})")
     support, _ = sample.draw_support(split, 8, max(1, size - 1), args.seed, PICTURE)
@@ -570,44 +606,6 @@ def peak_memory(device):
     except ImportError:
         return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
-
-
-def write_checkpoint(path, step, training, args):
-    """Replaces path whole or not at all. Raises ValueError when the weights are not finite, OSError on a full disk."""
-    if not torch.stack(torch._foreach_norm(list(training.model.parameters()))).isfinite().all():
-        raise ValueError(f"the weights are not finite at step {step}: lower --lr, or train with --precision fp32; "
-                         f"{path} is as it was")
-    state = dict(training.state(), config=dataclasses.asdict(training.model.config), step=step, dataset=args.dataset,
-                 optimizer=args.optimizer)
-
-    def write(file):
-        try:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())                         # on the disk before it has the old one's name
-        except RuntimeError as error:                       # torch's archive writer hides what the disk said
-            raise error.__context__ if isinstance(error.__context__, OSError) else error
-    write_whole(path, write)
-
-
-def look(args, step, ema, split, dtype, inception, log):
-    """Shows the averaged weights on unseen classes: loss, context gain, a picture, few-shot scores if asked for."""
-    out, scores = Path(args.out_dir), validate(ema, split, args, dtype)
-    support, _ = sample.draw_support(split, 4 * args.num_sample_batches, ema.config.sample_size - 1, args.seed, PICTURE)
-    with torch.autocast(split.images.device.type, dtype, enabled=dtype != torch.float32):
-        samples = fsdm.sample(ema, support, 8, guidance=2.0 if hasattr(ema, "null") else 1.0, seed=args.seed)
-    write_whole(out / f"samples_{step:07d}.png", lambda file: sample.grid(support, samples).save(file, "png"))
-    if inception is not None:
-        try:
-            scores["few_shot"], n = sample.evaluate(ema, split, inception, args.fid_num_samples, support.shape[1],
-                                                    args.seed, dtype=dtype)
-            scores["few_shot_recipe"] = dict(split="val", images=n, k=support.shape[1], dims=args.fid_dims,
-                                             weights="ema", sampler="2m", steps=20, guidance=1, seed=args.seed)
-            print(sample.table(scores["few_shot"]))
-        except (ValueError, fid.FIDError) as error:
-            print(f"no few-shot scores: {error}")
-    log(f"step {step:>7,}  unseen classes: loss {scores['val_loss']:.4f}, context gain {scores['context_gain']:.4f}, "
-        f"picture samples_{step:07d}.png", step=step, **scores)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,7 @@ def main(argv):
     device, _, _ = train.connect(args.device)
     dtype, reason = fsdm.choose_precision(device, args.precision)
     size, split = config.sample_size, train.random_split(config, device)
-    draw = lambda: train.draw_batch(split, args.batch_size, config, fsdm.rng(device, 0), config.vary_support,
-                                    config.context_dropout)
+    draw = lambda: train.draw_batch(split, args.batch_size, config, fsdm.rng(device, 0))
     torch.manual_seed(0)
     args.optimizer = "adamw"                                                        # the same one on both sides
     ours = train.make_training(config, args, device, dtype)
@@ -52,7 +51,7 @@ def main(argv):
             if not p.any():                                                         # else both would be zero
                 r.copy_(q.copy_(p.normal_(std=0.05)))
         assert torch.allclose(usual_loss(usual, *batch), ours.model(*batch)[0].mean(), rtol=1e-4)
-    train.compile_in_place(ours.model, device, dtype)
+    train.compile_in_place(ours.model, dtype)
 
     def usual_step():
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -66,7 +65,7 @@ def main(argv):
                 a.mul_(args.ema_decay).add_(p, alpha=1 - args.ema_decay)
         return loss.item()
 
-    our_step = lambda: train.train_step(ours.model, ours, [draw], args, dtype, 0)
+    our_step = lambda: train.train_step(ours.model, ours, [draw()], args, dtype, 0)
     sides = {"usual": usual_step, "ours": our_step}
     times = {name: [] for name in sides}
     for step in sides.values():

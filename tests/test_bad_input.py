@@ -53,8 +53,8 @@ ROWS = [
     (f"{TRAIN} --patch_size 3", "does not divide"),
     (f"{TRAIN} --num_heads 5", "does not divide"),
     (f"{TRAIN} --sample_size 1", "at least 2"),
-    (f"{TRAIN} --context_dropout 1.5", "context_dropout 1.5"),
-    (f"{TRAIN} --diffusion_steps 1", "diffusion_steps 1"),
+    (f"{TRAIN} --context_dropout 1.5", "context_dropout is 1.5"),
+    (f"{TRAIN} --diffusion_steps 1", "diffusion_steps is 1"),
     (f"{TRAIN} --hidden_size 999999999", "hidden_size is 999999999"),
     (f"{TRAIN} --hidden_size many", "--hidden_size"),
     (f"{TRAIN} --vary_support perhaps", "True or False"),
@@ -81,6 +81,8 @@ ROWS = [
     (f"{SAMPLE} --support gone.png", "gone.png"),
     (f"{SAMPLE} --support a.png zero.png", "zero.png"),
     (f"{SAMPLE} --support a.png noise.png", "noise.png"),
+    (f"{SAMPLE} --support postscript.png", "cannot be read as an image"),
+    (f"{SAMPLE} --support exif.png", "cannot be read as an image"),
     (f"{SAMPLE} --support cut.jpg", "cut.jpg"),
     (f"{SAMPLE} --support bomb.png", "bomb.png"),
     (f"{SAMPLE} --support pipe.png", "pipe.png"),
@@ -109,6 +111,8 @@ ROWS = [
     (f"{FID} folder folder --save_stats out.npz", "two sides"),
     (f"{FID} images.npz --save_stats images.npz", "overwrite"),
     (f"{FID} folder --save_stats gone/out.npz", "gone/out.npz"),
+    (f"{FID} gone --save_stats out.npz", "gone"),
+    (f"{FID} moments.npz --save_stats out.npz", "holds statistics already"),
     (f"{FID} folder folder --num 1", "--num"),
     (f"{FID} folder folder --batch_size 0", "--batch_size"),
     (f"{FID} folder folder --device cuda:99", "cuda:99"),
@@ -139,6 +143,10 @@ def make_files(root):
     (root / "cut.jpg").write_bytes((root / "whole.jpg").read_bytes()[:3000])
     (root / "zero.png").write_bytes(b"")
     (root / "noise.png").write_bytes(bytes(grey.ravel()))
+    picture.save(root / "postscript.eps")
+    (root / "postscript.eps").rename(root / "postscript.png")
+    (root / "exif.png").write_bytes((root / "a.png").read_bytes()[:33] + png_chunk(b"eXIf", b"II*\0")
+                                    + (root / "a.png").read_bytes()[33:])
     (root / "bomb.png").write_bytes(                        # 3.6 thousand million pixels in a hundred bytes
         b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0))
         + png_chunk(b"IDAT", zlib.compress(b"\0" * 100)) + png_chunk(b"IEND", b""))
@@ -162,6 +170,7 @@ def make_files(root):
     np.savez(root / "few_labels.npz", images=grey, labels=np.arange(3))
     np.savez(root / "float.npz", images=grey / 255, labels=np.arange(12) // 4)
     np.savez(root / "images.npz", images=grey, labels=np.arange(12) // 4)
+    np.savez(root / "moments.npz", mu=np.zeros(64), sigma=np.eye(64))
     np.savez(root / "stats.npz", mu=np.zeros(3), sigma=np.eye(3))
     (root / "truncated.npz").write_bytes((root / "images.npz").read_bytes()[:500])
     config = fsdm.Config(**SMALL)

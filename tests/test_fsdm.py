@@ -480,8 +480,17 @@ def draw_folder(root, classes, images=3, size=(40, 30)):
             Image.new("RGB", size, (c * 20, i * 40, 0)).save(root / name / f"Image {i}.PNG")
 
 
+def test_evaluation_classes_marked_by_numbers_are_never_trained_on(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((30, 8, 8), np.uint8), labels=np.arange(30) // 2,
+             class_names=np.arange(15), class_is_evaluation=np.array([0] * 12 + [1] * 3))
+    data = fsdm.load_data(str(tmp_path / "a.npz"), None, 8, 1)
+    assert [len(split.names) for split in data.values()] == [10, 2, 3] and data["test"].names == ["12", "13", "14"]
+
+
 def test_a_folder_of_class_folders_is_split_by_name(tmp_path):
     draw_folder(tmp_path, [f"Klasse {c} äö" for c in range(6)])
+    (tmp_path / "Klasse 0 äö" / ".hidden").mkdir()                                  # as notebooks leave them
+    Image.new("RGB", (9, 9)).save(tmp_path / "Klasse 0 äö" / ".hidden" / "again.png")
     data = fsdm.load_data(str(tmp_path), None, 16, 3)
     assert [len(s.names) for s in data.values()] == [4, 1, 1] and data["train"].images.shape == (12, 3, 16, 16)
 

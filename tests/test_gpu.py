@@ -32,11 +32,10 @@ compiled, why = train.choose_compile(device, args.no_compile)
 print("precision", dtype, "compiled", compiled)
 training = train.make_training(config, args, device, dtype)
 split = train.random_split(config, device)
-train.compile_in_place(training.model, device, dtype)
+train.compile_in_place(training.model, dtype)
 def step(i):
-    draw = lambda: train.draw_batch(split, args.batch_size, config, fsdm.rng(device, 0, i), config.vary_support,
-                                    config.context_dropout)
-    return train.train_step(training.model, training, [draw], args, dtype, i)
+    batch = train.draw_batch(split, args.batch_size, config, fsdm.rng(device, 0, i))
+    return train.train_step(training.model, training, [batch], args, dtype, i)
 step(0)
 torch.cuda.set_sync_debug_mode("error")
 for i in range(1, 21):

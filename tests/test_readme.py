@@ -14,9 +14,28 @@ import fsdm
 import sample
 import train
 
+def rooms(path):
+    """A script -> its text down to the first bar, and its rooms by name, which ends at the first colon or point."""
+    head, *parts = re.split(r"^# ---- ", path.read_text(), flags=re.M)
+    return head, {re.match(r"[^:.,]+", part).group(): "# " + part for part in parts}
+
+
 TEXT = (HERE / "README.md").read_text()
 COMMANDS = [line.strip() for block in re.findall(r"^```\w*\n(.*?)^```", TEXT, re.M | re.S)
             for line in block.replace("\\\n", " ").splitlines() if re.search(r"\b(train|sample|fid)\.py\b", line)]
+
+
+@pytest.mark.parametrize("block", re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S))
+def test_a_part_can_be_lifted_out_as_the_readme_says(block):
+    file, names = re.match(r"# (\w+\.py): (.+)", block).groups()
+    head, found = rooms(HERE / file)
+    scope = {"__name__": "lifted"}
+    exec(head + "".join(found[name] for name in names.split(", ")), scope)
+    exec(block, scope)
+    for result in ("out", "vector", "x", "sets"):
+        assert result not in scope or scope[result].isfinite().all()
+    if "training" in scope:
+        assert scope["training"].history[-1][0] < scope["training"].history[0][0]
 
 
 def test_there_are_commands_to_check():

@@ -1,0 +1,56 @@
+"""Draws README's pictures from a trained model, on classes it never saw, support on the left:
+
+    python tests/pictures.py runs/omniglot/ckpt.pt omniglot_28.npz assets
+
+support.png: the same noise under 1, 2, 5 and 10 support images;  steps.png: what the model takes for the clean image
+from the first evaluation to the last;  nearest.png: samples, and under each the support image nearest to it in pixels.
+"""
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import fsdm
+import sample
+
+SETS, N, STREAM = 4, 10, 8                  # rows of classes, images a row, and a stream of randomness of its own
+
+
+def growing_support(model, pictures):
+    """uint8 [S, 10, C, H, W] -> the picture, four rows a class."""
+    rows = [(sample.generate(model, pictures[:, :K], N, guidance=2.0),
+             torch.cat([pictures[:, :K], torch.full_like(pictures[:, K:], 255)], 1)) for K in (1, 2, 5, 10)]
+    samples, support = (torch.stack(part, 1).flatten(0, 1) for part in zip(*rows))          # [4 S, 10, C, H, W]
+    return sample.grid(support, samples)
+
+
+def denoising(model, pictures, keep=(0, 2, 5, 8, 10, 12, 14, 16, 18, 19)):
+    """uint8 [S, K, C, H, W] -> the picture, a row a class, a column for each kept evaluation of 20."""
+    seen, denoise = [], model.denoise
+    model.denoise = lambda *args: seen.append(denoise(*args)) or seen[-1]
+    fsdm.sample(model, pictures, 1, guidance=2.0)
+    model.denoise = denoise
+    return sample.grid(pictures, fsdm.to_bytes(torch.cat([seen[i] for i in keep], 1)))
+
+
+def nearest_support(model, pictures):
+    """uint8 [S, K, C, H, W] -> the picture, two rows a class: samples over the support images nearest to them."""
+    samples = sample.generate(model, pictures, N, guidance=2.0)
+    nearest = torch.cdist(samples.flatten(2).float(), pictures.flatten(2).float()).argmin(2)            # [S, N]
+    below = pictures[torch.arange(len(pictures))[:, None], nearest]
+    support = torch.stack([pictures, torch.full_like(pictures, 255)], 1).flatten(0, 1)
+    return sample.grid(support, torch.stack([samples, below], 1).flatten(0, 1))
+
+
+def main(ckpt, dataset, out):
+    model = fsdm.load_model(ckpt)
+    split = fsdm.load_data(dataset, "data", model.config.image_size, model.config.in_channels)["test"]
+    pictures, _ = sample.draw_support(split, SETS, 10, 0, STREAM)
+    for name, picture in (("support", growing_support(model, pictures)), ("steps", denoising(model, pictures[:, :5])),
+                          ("nearest", nearest_support(model, pictures[:, :5]))):
+        sample.write_whole(Path(out) / f"{name}.png", lambda file: picture.save(file, "png"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
