@@ -805,8 +805,9 @@ def ddim(denoise, x, alpha_bar, steps, draw, eta=0.0, large=False):
     return x
 
 
-def dpm_solver(denoise, x, alpha_bar, steps, draw):
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), evenly spaced in log-SNR; the last step returns x0."""
+def dpm_solver(denoise, x, alpha_bar, steps, draw, sde=False):
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), evenly spaced in log-SNR; the last step returns x0. sde: with
+    fresh noise at every step, SDE-DPM-Solver++(2M) (their appendix), which repairs what earlier steps got wrong."""
     times = log_snr_times(alpha_bar, steps)
     alpha, sigma = alpha_bar[times].sqrt(), (1 - alpha_bar[times]).sqrt()
     h = (alpha / sigma).log().diff().tolist()
@@ -816,17 +817,21 @@ def dpm_solver(denoise, x, alpha_bar, steps, draw):
         if i == len(times) - 1:
             return x0
         ahead = x0 if before is None else x0 + (x0 - before) * (h[i] / h[i - 1] / 2)
-        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * math.expm1(-h[i]) * ahead
+        x = (sigma[i + 1] / sigma[i] * math.exp(-sde * h[i]) * x
+             - alpha[i + 1] * math.expm1(-(1 + sde) * h[i]) * ahead)
+        if sde:
+            x = x + sigma[i + 1] * (-math.expm1(-2 * h[i])) ** 0.5 * draw()
         before = x0
 
 
 ddpm = partial(ddim, eta=1.0)                   # Ho et al. 2020, algorithm 2, with the posterior's variance
 ddpm_beta = partial(ddim, eta=1.0, large=True)  # and as it is usually written, with sigma = sqrt(beta)
-SAMPLERS = {"ddpm": ddpm, "ddpm_beta": ddpm_beta, "ddim": ddim, "2m": dpm_solver}
+SAMPLERS = {"ddpm": ddpm, "ddpm_beta": ddpm_beta, "ddim": ddim, "2m": dpm_solver,
+            "2m_sde": partial(dpm_solver, sde=True)}
 
 
 @torch.no_grad()
-def sample(model, support, n, sampler="2m", steps=20, guidance=1.0, seed=0, first=0, draw_context=False, **options):
+def sample(model, support, n, sampler="2m_sde", steps=20, guidance=1.0, seed=0, first=0, draw_context=False, **options):
     """Generates n images under each of B support sets.
 
     support: uint8 [B, K, C, H, W], on the model's device (K = 0 works for a model without encoder)

@@ -342,7 +342,7 @@ def look(args, step, ema, split, dtype, inception, log):
             scores["few_shot"], n = sample.evaluate(ema, split, inception, args.fid_num_samples, support.shape[1],
                                                     args.seed, dtype=dtype)
             scores["few_shot_recipe"] = dict(split="val", images=n, k=support.shape[1], dims=args.fid_dims,
-                                             weights="ema", sampler="2m", steps=20, guidance=1, seed=args.seed)
+                                             weights="ema", sampler="2m_sde", steps=20, guidance=1, seed=args.seed)
             print(sample.table(scores["few_shot"]))
         except (ValueError, fid.FIDError) as error:
             print(f"no few-shot scores: {error}")
@@ -501,24 +501,23 @@ def main(argv=None):
     stop = []                                                               # a signal asks for the last save
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(1))
-    clock, first, room = (time.time(), step), step, 20.0                    # room: seconds the last save may need
+    since, begun = (time.time(), step), step                                # images/s count from here
     skipped = in_a_row = torch.zeros((), device=device)
     deadline = started + args.max_hours * 3600 if args.max_hours is not None else math.inf
-    saved, shown = time.time(), None                                        # when, and the step of the last picture
-    while step < args.max_steps and not anyone(bool(stop) or time.time() + room > deadline):
+    saved_at, save_seconds, pictured = time.time(), 12.0, None              # the longest save, the last picture's step
+    while step < args.max_steps and not anyone(bool(stop) or time.time() + 1.5 * save_seconds > deadline):
         bad = train_step(net, training, batches(step), args, dtype, step)
         step += 1
         skipped, in_a_row = skipped + bad, (in_a_row + 1) * bad
-        if step == first + 1 and step % args.log_interval:
-            clock = (time.time(), step)             # compiling is not training speed
-
+        if step == begun + 1 and step % args.log_interval:
+            since = (time.time(), step)                                     # compiling is not training speed
         if step % args.log_interval == 0:
             value, kl, norm = torch.stack(training.history).nanmean(0).tolist()
             lost, streak = int(skipped), int(in_a_row)
             if streak >= PATIENCE:
                 raise ValueError(f"the last {streak} gradients were not finite (step {step}): lower --lr, or "
                                  f"train with --precision fp32; {ckpt} is as it was")
-            pace = (step - clock[1]) / (time.time() - clock[0])
+            pace = (step - since[1]) / (time.time() - since[0])
             rate = pace * args.batch_size * config.sample_size
             left = min(deadline - time.time(), (args.max_steps - step) / pace)
             log(f"step {step:>7,}  loss {value:.4f}{f'  KL {kl:.2f}' if kl else ''}  {rate:,.0f} images/s"
@@ -527,19 +526,19 @@ def main(argv=None):
                 seconds=time.time() - started,
                 **(diagnostics(training, next(batches(step - 1)), dtype, args.grad_clip) if args.debug else {}))
             training.history.clear()
-            clock = (time.time(), step)
-        if rank == 0 and (step % args.save_interval == 0 or time.time() - saved > SAVE_SECONDS):
+            since = (time.time(), step)
+        if rank == 0 and (step % args.save_interval == 0 or time.time() - saved_at > SAVE_SECONDS):
             began = time.time()
             try:
                 write_checkpoint(ckpt, step, training, args)
                 if step % args.save_interval == 0:
                     look(args, step, training.ema, data["val"], dtype, inception, log)
-                    shown = step
+                    pictured = step
             except OSError as error:
                 log(f"step {step:>7,}  not saved: {error}; {ckpt} is as it was and training goes on", step=step)
-            saved = time.time()
-            clock, room = (clock[0] + saved - began, clock[1]), max(room, 1.5 * (saved - began))
-    if rank == 0 and shown != step:
+            saved_at = time.time()
+            since, save_seconds = (since[0] + saved_at - began, since[1]), max(save_seconds, saved_at - began)
+    if rank == 0 and pictured != step:
         write_checkpoint(ckpt, step, training, args)
         look(args, step, training.ema, data["val"], dtype, inception, log)
     if world > 1:
@@ -594,7 +593,8 @@ def benchmark(config, args, device, dtype, compiled):
     print(f"  {flops / 1e9:.2f} GFLOP an image, {speed * flops / 1e12:.3f} TFLOP/s: {speed * flops / rate:.0%} of this "
           f"machine's matrix products ({rate / 1e12:.2f} TFLOP/s in {str(dtype)[6:]})")
     support, _ = sample.draw_support(split, 8, max(1, size - 1), args.seed, PICTURE)
-    report("sampling, 8 sets x 8 images, 2m in 20 steps", 64, lambda: sample.generate(training.ema, support, 8, dtype))
+    report("sampling, 8 sets x 8 images, 2m_sde in 20 steps", 64,
+           lambda: sample.generate(training.ema, support, 8, dtype))
 
 
 def peak_memory(device):

@@ -25,13 +25,14 @@ def growing_support(model, pictures):
     return sample.grid(support, samples)
 
 
-def denoising(model, pictures, keep=(0, 2, 5, 8, 10, 12, 14, 16, 18, 19)):
-    """uint8 [S, K, C, H, W] -> the picture, a row a class, a column for each kept evaluation of 20."""
+def denoising(model, pictures):
+    """uint8 [S, K, C, H, W] -> the picture, a row a class, columns evenly from the first evaluation to the last."""
     seen, denoise = [], model.denoise
     model.denoise = lambda *args: seen.append(denoise(*args)) or seen[-1]
     fsdm.sample(model, pictures, 1, guidance=2.0)
     model.denoise = denoise
-    return sample.grid(pictures, fsdm.to_bytes(torch.cat([seen[i] for i in keep], 1)))
+    kept = torch.linspace(0, len(seen) - 1, N).round().long()
+    return sample.grid(pictures, fsdm.to_bytes(torch.cat([seen[i] for i in kept], 1)))
 
 
 def nearest_support(model, pictures):

@@ -272,6 +272,16 @@ def test_ancestral_sampling_has_the_variance_of_the_data(steps):
     assert abs(made.std() / expected - 1) < 0.02 and abs(expected / s - 1) < 0.1
 
 
+@pytest.mark.parametrize("schedule", fsdm.SCHEDULES)
+def test_stochastic_2m_keeps_the_variance_of_the_data_and_in_few_steps_far_better_than_ddpm(schedule):
+    alpha_bar, s, g = fsdm.SCHEDULES[schedule](1000), 0.5, torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(50_000, generator=g).double()
+    made = lambda name, steps: fsdm.SAMPLERS[name](gaussian(s, alpha_bar), draw(), alpha_bar, steps, draw)
+    off = lambda name, steps: abs(made(name, steps).std() / s - 1)
+    assert off("2m_sde", 20) < off("ddpm", 20) / 3 and off("2m_sde", 40) < off("2m_sde", 20) / 2
+    assert off("2m_sde", 100) < 0.01
+
+
 def test_ddpm_beta_is_the_documents_formula():
     alpha_bar = fsdm.linear_schedule(1000)
     alpha = alpha_bar / torch.cat([torch.ones(1), alpha_bar[:-1]]).double()

@@ -1,28 +1,33 @@
-"""Every command in README is one that the programs understand."""
+"""What README says can be done: its commands, its parts to lift out, its pictures."""
+import dataclasses
 import re
 import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
+import curves
 import fid
 import fsdm
+import pictures
 import sample
 import train
+
+TEXT = (HERE / "README.md").read_text()
+COMMANDS = [line.strip() for block in re.findall(r"^```\w*\n(.*?)^```", TEXT, re.M | re.S)
+            for line in block.replace("\\\n", " ").splitlines() if re.search(r"\b(train|sample|fid)\.py\b", line)]
+
 
 def rooms(path):
     """A script -> its text down to the first bar, and its rooms by name, which ends at the first colon or point."""
     head, *parts = re.split(r"^# ---- ", path.read_text(), flags=re.M)
     return head, {re.match(r"[^:.,]+", part).group(): "# " + part for part in parts}
-
-
-TEXT = (HERE / "README.md").read_text()
-COMMANDS = [line.strip() for block in re.findall(r"^```\w*\n(.*?)^```", TEXT, re.M | re.S)
-            for line in block.replace("\\\n", " ").splitlines() if re.search(r"\b(train|sample|fid)\.py\b", line)]
 
 
 @pytest.mark.parametrize("block", re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S))
@@ -64,3 +69,24 @@ def test_the_parameters_in_the_readme_are_those_of_the_presets():
         with torch.device("meta"):
             model = fsdm.FSDM(fsdm.Config(**preset))
         assert f"{sum(p.numel() for p in model.parameters()):,}" == rows[name]
+
+
+def test_the_pictures_of_the_readme_are_drawn_from_unseen_classes(tmp_path):
+    config = fsdm.Config(image_size=8, patch_size=4, encoder_patch_size=4, hidden_size=24, hdim=24, num_heads=3,
+                         depth=1, encoder_depth=1, encoder="image", mode_conditioning="lag", context_dropout=0.1)
+    torch.save(dict(config=dataclasses.asdict(config), ema=fsdm.FSDM(config).state_dict()), tmp_path / "ckpt.pt")
+    images, labels, names, _ = fsdm.glyphs(None, 8, 3, False, classes=(20, 0, 0), per_class=16)
+    np.savez(tmp_path / "a.npz", images=images.transpose(0, 2, 3, 1), labels=labels, class_names=names)
+    pictures.main(tmp_path / "ckpt.pt", str(tmp_path / "a.npz"), tmp_path)
+    tile, bar = 8 * 2 + 2, 8
+    assert Image.open(tmp_path / "support.png").size == (20 * tile + bar, 4 * pictures.SETS * tile)
+    assert Image.open(tmp_path / "steps.png").size == (15 * tile + bar, pictures.SETS * tile)
+    assert Image.open(tmp_path / "nearest.png").size == (15 * tile + bar, 2 * pictures.SETS * tile)
+
+
+def test_the_curves_compare_with_images_that_are_not_in_the_support():
+    split = fsdm.Split(torch.zeros(80), torch.arange(0, 81, 16), list("abcde"), 16)
+    support, reference, classes = curves.draw(split, 4)
+    assert support.shape == (4, 10) and reference.shape == (4, 5) and len(set(classes.tolist())) == 4
+    assert len(torch.cat([support, reference], 1).unique()) == 60
+    assert (torch.cat([support, reference], 1) // 16 == classes[:, None]).all()
