@@ -160,7 +160,7 @@ def parse_args(argv=None):
     p.add_argument("--sets", type=int, default=8, help="support sets to take from the data set")
     p.add_argument("--k", type=int, help="support images a set; one less than the model's sample_size if left out")
     p.add_argument("--num", type=int, help="images to generate for each set (8); with --evaluate in all (2000)")
-    p.add_argument("--sampler", choices=fsdm.SAMPLERS, default="2m_sde", help="2m_sde: as good in 20 steps as ddpm in 250")
+    p.add_argument("--sampler", choices=fsdm.SAMPLERS, default="2m_sde", help="2m_sde in 20 steps equals ddpm in 250")
     p.add_argument("--steps", type=int, default=20, help="evaluations of the network per image")
     p.add_argument("--eta", type=float, help="noise of ddim: 0 none, 1 as much as ddpm")
     p.add_argument("--guidance", type=float, default=1.0, help="1: none; above 1: closer to the support")

@@ -17,7 +17,8 @@ import fsdm
 import sample
 
 STREAM = 9                                  # of randomness, its own
-SAMPLERS = [("2m", 5), ("2m", 10), ("2m", 20), ("2m", 40), ("ddim", 20), ("ddim", 50), ("ddpm", 50), ("ddpm", 250)]
+SAMPLERS = [("2m", 5), ("2m", 10), ("2m", 20), ("2m", 40), ("2m_sde", 10), ("2m_sde", 20), ("ddim", 20), ("ddim", 50),
+            ("ddpm", 20), ("ddpm", 50), ("ddpm", 250)]
 
 
 def draw(split, sets):
