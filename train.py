@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fid
 import fsdm
 import sample
-from fsdm import FSDM, Config, rng
+from fsdm import FSDM, PICTURE, TRAINING, VALIDATION, Config, rng
 from sample import write_whole
 
 # what a preset trains with, unless a flag says otherwise
@@ -50,7 +50,6 @@ RECIPES = {
     "mnist": dict(DOCUMENTED, dataset="mnist", batch_size=128, lr=2e-4, save_interval=2000),
     "t4": dict(DOCUMENTED, batch_size=16, lr=5e-4, warmup_steps=1000, save_interval=5000),
 }
-TRAINING, VALIDATION, PICTURE = 2, 3, 4                 # streams of randomness, beside fsdm.SAMPLING
 PATIENCE = 50                                           # gradients in a row that may be not finite
 SAVE_SECONDS = 300                                      # at most so long between two checkpoints
 
@@ -338,11 +337,10 @@ def look(args, step, ema, split, dtype, inception, log):
     samples = sample.generate(ema, support, 8, dtype, guidance=2.0 if hasattr(ema, "null") else 1.0, seed=args.seed)
     write_whole(out / f"samples_{step:07d}.png", lambda file: sample.grid(support, samples).save(file, "png"))
     if inception is not None:
+        options = dict(K=support.shape[1], seed=args.seed, sampler="2m_sde", steps=20, guidance=1.0)
         try:
-            scores["few_shot"], n = sample.evaluate(ema, split, inception, args.fid_num_samples, support.shape[1],
-                                                    args.seed, dtype=dtype)
-            scores["few_shot_recipe"] = dict(split="val", images=n, k=support.shape[1], dims=args.fid_dims,
-                                             weights="ema", sampler="2m_sde", steps=20, guidance=1, seed=args.seed)
+            scores["few_shot"], n = sample.evaluate(ema, split, inception, args.fid_num_samples, dtype=dtype, **options)
+            scores["few_shot_recipe"] = dict(options, split="val", images=n, dims=args.fid_dims, weights="ema")
             print(sample.table(scores["few_shot"]))
         except (ValueError, fid.FIDError) as error:
             print(f"no few-shot scores: {error}")

@@ -44,7 +44,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(glyph_file, tmp_path, flags
     straight = run(glyph_file, tmp_path / "a", "--max_steps", "8", *flags)
     run(glyph_file, tmp_path / "b", "--max_steps", "5", *flags)             # ends between two saves
     with open(tmp_path / "b" / "log.jsonl", "a") as log:                    # a line that outlived its checkpoint
-        log.write(json.dumps(dict(step=6, loss=0.0)) + "\n")
+        log.write(json.dumps(dict(step=6, loss=0.0)) + "\n" + '{"step": 4, "lo')     # and one that a full disk cut off
     resumed = run(glyph_file, tmp_path / "b", "--max_steps", "8", *flags)
     assert straight["step"] == 8 and kill.same(straight, resumed)
     losses = kill.losses(tmp_path / "a")
@@ -106,6 +106,14 @@ def test_the_context_gain_is_zero_when_the_context_is_ignored_and_not_otherwise(
             torch.nn.init.normal_(p, std=0.2)
     first, second = (train.validate(model, split, args, torch.float32) for _ in range(2))
     assert first["context_gain"] != 0 and first == second                   # and its noise is always the same
+
+
+def test_fp16_begins_with_a_scale_of_its_own_after_a_resume_from_a_precision_that_needs_none(glyph_file, tmp_path):
+    run(glyph_file, tmp_path, "--max_steps", "2")
+    args, config = train.parse_args([*SMALL, "--dataset", glyph_file])
+    training = train.make_training(config, args, torch.device("cpu"), torch.float16)
+    assert train.load_training(tmp_path / "ckpt.pt", args, config, training) == 2
+    assert training.scaler.get_scale() == 2.0 ** 16
 
 
 def test_the_average_never_holds_on_to_the_random_initialisation():
