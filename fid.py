@@ -21,17 +21,14 @@ measured. From Python:
 import argparse
 import hashlib
 import json
-import math
 import os
 import socket
 import sys
 import time
-import zipfile
-import zlib
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import scipy.linalg
@@ -45,12 +42,17 @@ HASH = "6726825d"                      # the file's SHA-256 starts so
 RESIZE = "bilinear 299, no antialias, as pytorch-fid"
 EXTENSIONS = (".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")         # only these: PostScript would run Ghostscript
-MAX_PIXELS = 2**26                     # in one image; more is a decompression bomb or not meant for a 299 x 299 network
 KEEP = 5_000                           # features kept for KID, precision and recall: 41 MB a side at 2048 dims
+ROWS = 256                             # of these that are compared with all others at a time
 
 
 class FIDError(Exception):
     """One sentence that says what is wrong and what to do."""
+
+
+def why(error):
+    """The first line of another library's error, for a sentence of ours."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 # ---- Inception v3 of 2015-12-05 ------------------------------------------------------------------------------------
@@ -58,32 +60,20 @@ class FIDError(Exception):
 # the classifier (1008 outputs); there is no auxiliary head.
 
 class Conv(nn.Module):
-    """Convolution, BatchNorm, ReLU (torchvision's BasicConv2d); odd kernels keep the size unless told otherwise."""
-
-    def __init__(self, c_in, c_out, kernel, stride=1, pad=True):
+    """Convolution, BatchNorm, ReLU (torchvision's BasicConv2d)."""
+    def __init__(self, c_in, c_out, kernel, stride=1, padding="same"):
         super().__init__()
-        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = (kernel[0] // 2, kernel[1] // 2) if pad and stride == 1 else 0
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=0.001)
 
     def forward(self, x):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
-    def fold(self):
-        """One convolution with a bias in place of convolution and BatchNorm: the same function, less memory traffic."""
-        if isinstance(self.bn, nn.BatchNorm2d):
-            self.conv = nn.utils.fuse_conv_bn_eval(self.conv.double(), self.bn.double()).float()
-            self.bn = nn.Identity()
-
 
 class Mixed(nn.Module):
     """Branches side by side, joined along the channels; then the pool branch.
-
-    Each branch is a chain of (channels, kernel, stride) that reads [B, c, H, W]; layer i is called {branch}_{i}, or as
-    the branch if it is alone. A chain may end in a fork, a list of two that read the same input: {branch}_{i}a and b.
-    """
-
+    Each branch is a chain of Conv arguments, (channels, kernel, ...), that reads [B, c, H, W]; layer i is {branch}_{i},
+    or has the branch's name if alone. A chain may end in a fork, two that read the same input: {branch}_{i}a and b."""
     def __init__(self, c, pool, c_pool=None, **branches):
         super().__init__()
         self.pool, self.chains = pool, []
@@ -109,10 +99,8 @@ class Mixed(nn.Module):
         return torch.cat([*out, self.branch_pool(self.pool(x))], dim=1)
 
 
-# unlike torchvision: the zeros of the padding do not count in the average
-AVERAGE = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
-# unlike torchvision: the pool branch of Mixed_7c takes the maximum
-MAXIMUM = nn.MaxPool2d(3, stride=1, padding=1)
+AVERAGE = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)   # unlike torchvision: padding does not count
+MAXIMUM = nn.MaxPool2d(3, stride=1, padding=1)                   # unlike torchvision: Mixed_7c pools by the maximum
 REDUCE = nn.MaxPool2d(3, stride=2)
 ROW7, COLUMN7, ROW3, COLUMN3 = (1, 7), (7, 1), (1, 3), (3, 1)
 
@@ -134,35 +122,32 @@ def block_e(c, pool):                                            # 8 x 8
 
 
 LAYERS = dict(                                                   # [B,    3, 299, 299]
-    Conv2d_1a_3x3=lambda: Conv(3, 32, 3, stride=2),              # [B,   32, 149, 149]
-    Conv2d_2a_3x3=lambda: Conv(32, 32, 3, pad=False),            # [B,   32, 147, 147]
+    Conv2d_1a_3x3=lambda: Conv(3, 32, 3, 2, "valid"),            # [B,   32, 149, 149]
+    Conv2d_2a_3x3=lambda: Conv(32, 32, 3, 1, "valid"),           # [B,   32, 147, 147]
     Conv2d_2b_3x3=lambda: Conv(32, 64, 3),                       # [B,   64, 147, 147]
     maxpool1=lambda: nn.MaxPool2d(3, stride=2),                  # [B,   64,  73,  73]
     Conv2d_3b_1x1=lambda: Conv(64, 80, 1),                       # [B,   80,  73,  73]
-    Conv2d_4a_3x3=lambda: Conv(80, 192, 3, pad=False),           # [B,  192,  71,  71]
+    Conv2d_4a_3x3=lambda: Conv(80, 192, 3, 1, "valid"),          # [B,  192,  71,  71]
     maxpool2=lambda: nn.MaxPool2d(3, stride=2),                  # [B,  192,  35,  35]
     Mixed_5b=lambda: block_a(192, 32),                           # [B,  256,  35,  35]
     Mixed_5c=lambda: block_a(256, 64),                           # [B,  288,  35,  35]
     Mixed_5d=lambda: block_a(288, 64),                           # [B,  288,  35,  35]
-    Mixed_6a=lambda: Mixed(288, REDUCE, branch3x3=[(384, 3, 2)], branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)]),
+    Mixed_6a=lambda: Mixed(288, REDUCE, branch3x3=[(384, 3, 2, "valid")],                   # [B,  768, 17, 17]
+                           branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2, "valid")]),
     Mixed_6b=lambda: block_c(128),                               # [B,  768,  17,  17]
     Mixed_6c=lambda: block_c(160),                               # [B,  768,  17,  17]
     Mixed_6d=lambda: block_c(160),                               # [B,  768,  17,  17]
     Mixed_6e=lambda: block_c(192),                               # [B,  768,  17,  17]
-    Mixed_7a=lambda: Mixed(768, REDUCE, branch3x3=[(192, 1), (320, 3, 2)],
-                           branch7x7x3=[(192, 1), (192, ROW7), (192, COLUMN7), (192, 3, 2)]),
+    Mixed_7a=lambda: Mixed(768, REDUCE, branch3x3=[(192, 1), (320, 3, 2, "valid")],     # [B, 1280, 8, 8]
+                           branch7x7x3=[(192, 1), (192, ROW7), (192, COLUMN7), (192, 3, 2, "valid")]),
     Mixed_7b=lambda: block_e(1280, AVERAGE),                     # [B, 2048,   8,   8]
     Mixed_7c=lambda: block_e(2048, MAXIMUM),                     # [B, 2048,   8,   8]
 )
 LAST_LAYER = {64: "maxpool1", 192: "maxpool2", 768: "Mixed_6e", 2048: "Mixed_7c"}       # --dims: where features end
 
 
-class Inception(nn.Module):
-    """The layers that features of `dims` (64, 192, 768 or 2048) need, in eval mode, their weights at random.
-
-    It takes what `prepare` returns: float32 [B, 3, 299, 299] in [-1, 1] -> features, float32 [B, dims].
-    """
-
+class Inception(nn.Sequential):
+    """float32 [B, 3, 299, 299] in [-1, 1] -> features, float32 [B, dims]; it has only the layers that dims needs."""
     def __init__(self, dims=2048):
         super().__init__()
         if dims not in LAST_LAYER:
@@ -175,90 +160,135 @@ class Inception(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, x):
-        for layer in self.children():
-            x = layer(x)
-        return x.mean((2, 3))                                    # [B, dims]
+        return super().forward(x).mean((2, 3))                   # [B, dims]
 
     def fold(self):
-        """Fold every BatchNorm, lay the weights out channels last: the same features, twice as fast on a CPU."""
+        """Fold BatchNorm into the convolutions, weights channels last: the same features, twice as fast on a CPU."""
         for module in list(self.modules()):
             if isinstance(module, Conv):
-                module.fold()
+                module.conv = nn.utils.fuse_conv_bn_eval(module.conv.double(), module.bn.double()).float()
+                module.bn = nn.Identity()
         return self.to(memory_format=torch.channels_last)
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------
 # A file is read with weights_only=True, so that a hostile pickle is refused and not run.
 
+def load_inception(weights=None, dims=2048, device="cpu"):
+    """The reference network, folded, on a device, ready for `features`.
+    weights: a file, or None for torch's hub cache or else a download. dims: 64, 192, 768 or 2048.
+    The model says what it was made of: .dims, .weights_file, .weights_sha256 (8 digits). FIDError in one sentence."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise FIDError(f"device {device} cannot be used here: {why(error)}") from error
+    if weights is not None and not os.path.isfile(weights):
+        raise FIDError(f"weights {weights}: there is no such file")
+    model, path = Inception(dims), weights or find_weights()
+    load_weights(model, path)
+    model.weights_file, model.weights_sha256 = os.path.basename(path), sha256(path)[:8]
+    return model.fold().to(device)
+
+
 def find_weights():
-    """The path of the reference weights in torch's hub cache, downloaded and checked if absent. FIDError if neither."""
+    """The path of the reference weights in torch's hub cache, downloaded if absent. FIDError if they cannot be had."""
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(URL))
-    if os.path.isfile(path):
-        if not sha256(path).startswith(HASH):
-            raise FIDError(f"{path} is damaged (its SHA-256 does not start with {HASH}): delete it and start again")
-        return path
     timeout = socket.getdefaulttimeout()
     try:
-        socket.setdefaulttimeout(30)             # torch.hub sets none: a firewall that drops packets would hang us
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        torch.hub.download_url_to_file(URL, path, hash_prefix=HASH, progress=True)
+        if not os.path.isfile(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            socket.setdefaulttimeout(30)         # torch.hub sets none: a firewall that drops packets would hang us
+            torch.hub.download_url_to_file(URL, path, hash_prefix=HASH)
     except (OSError, RuntimeError) as error:     # RuntimeError: the hash differs
         raise FIDError(f"Inception weights are missing: no {path}, and the download failed ({error}); fetch {URL} "
                        "where there is a network and put it there, or name the file with --weights") from error
     finally:
         socket.setdefaulttimeout(timeout)
+    if not sha256(path).startswith(HASH):
+        raise FIDError(f"{path} is damaged (its SHA-256 does not start with {HASH}): delete it and start again")
     return path
 
 
 def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(2**20), b""):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def read_state(path, dims):
-    """The tensors that an Inception of these dims needs from a weights file; FIDError if it cannot be or has not."""
+def load_weights(model, path):
+    """Fill an Inception that is not folded from a state_dict file, which may hold more; FIDError if it cannot be."""
+    expected = model.state_dict()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        wrong = [name for name in expected if name not in state or state[name].shape != expected[name].shape]
     except Exception as error:                   # torch.load fails in many ways on what is no state_dict
-        reason = str(error).split("\n")[0]
-        raise FIDError(f"cannot read weights {path} as a plain state_dict: {type(error).__name__}: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise FIDError(f"weights {path}: expected a plain state_dict of tensors by name")
+        raise FIDError(f"cannot read weights {path} as a plain state_dict: {why(error)}") from error
+    if wrong:
+        raise FIDError(f"weights {path} do not serve --dims {model.dims}: {len(wrong)} tensors are missing or of "
+                       f"another shape, the first {wrong[0]}; take {os.path.basename(URL)} or smaller --dims")
     if any(name.startswith("AuxLogits") for name in state):
         raise FIDError(f"weights {path} are torchvision's ImageNet Inception, FID needs {os.path.basename(URL)}")
-    with torch.device("meta"):
-        expected = {name: value.shape for name, value in Inception(dims).state_dict().items()}
-    wrong = [name for name in expected if name not in state or state[name].shape != expected[name]]
-    if wrong:
-        raise FIDError(f"weights {path} do not serve --dims {dims}: {len(wrong)} tensors are missing or of another "
-                       f"shape, the first {wrong[0]}; take {os.path.basename(URL)} or smaller --dims")
-    return {name: state[name] for name in expected}
-
-
-def load_inception(weights=None, dims=2048, device="cpu"):
-    """The reference network, folded, on a device, ready for `features`.
-
-    weights: a file, or None for torch's hub cache or else a download. dims: 64, 192, 768 or 2048.
-    The model says what it was made of: .dims, .weights_file, .weights_sha256 (8 digits). FIDError in one sentence.
-    """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise FIDError(f"device {device} cannot be used here: {str(error).splitlines()[0]}") from error
-    if weights is not None and not os.path.isfile(weights):
-        raise FIDError(f"weights {weights}: there is no such file")
-    model, path = Inception(dims), weights or find_weights()
-    model.load_state_dict(read_state(path, dims))
-    model.weights_file, model.weights_sha256 = os.path.basename(path), sha256(path)[:8]
-    return model.fold().to(device)
+    model.load_state_dict({name: state[name] for name in expected})
 
 
 # ---- images in -----------------------------------------------------------------------------------------------------
-# A source is (kind, n, parts): parts yields uint8 tensors [b, 3, H, W], each of one size, or a string that says which
-# file could not be read. Nothing holds all images: a folder is decoded a few files ahead, an .npz is read in pieces.
+# A folder is read as it is measured. An .npz is read whole: 50,000 images of 64 x 64 are 614 MB.
+
+@dataclass
+class Side:
+    """One side of a comparison: what `scan` measured or `open_source` found in a statistics file."""
+    n: int | None              # images measured; None if a statistics file does not say
+    mu: np.ndarray             # [D] float64
+    sigma: np.ndarray          # [D, D] float64
+    kept: np.ndarray           # [min(n, KEEP), D] float32 for KID, precision and recall; [0, D] from statistics
+    unreadable: list           # one string a file that could not be read
+    weights: str               # SHA-256 prefix of the network behind it
+
+
+def open_source(path, dims):
+    """A folder -> the list of its image files; an .npz -> its images, uint8 [N, 3, H, W], or its statistics, a Side.
+    Images are 'arr_0' or 'images', [N, H, W, 3] or [N, H, W]; statistics are 'mu' and 'sigma', as pytorch-fid, EDM and
+    `save_statistics` write them. FIDError if it is none of these."""
+    if os.path.isdir(path):
+        files = list_images(path)
+        if len(files) < 2:
+            raise FIDError(f"{path}: {len(files) or 'no'} image files ({', '.join(EXTENSIONS)}), FID needs at least 2 "
+                           "a side, and thousands to mean something")
+        return files
+    if not os.path.isfile(path):                 # a pipe would wait for ever
+        raise FIDError(f"{path}: expected a folder of images or an .npz file, but there is none")
+    known = ("arr_0", "images", "mu", "sigma", "n", "weights_sha256")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: np.asarray(file[name]) for name in known if name in file}
+    except Exception as error:                   # numpy, zipfile and zlib fail in many ways on a damaged file
+        raise FIDError(f"cannot read {path} as a folder of images or an .npz of arrays: {why(error)}") from error
+    if "mu" in found and "sigma" in found:
+        mu, sigma, n = found["mu"], found["sigma"], found.get("n")
+        if mu.shape != (dims,) or sigma.shape != (dims, dims) or {mu.dtype.kind, sigma.dtype.kind} != {"f"} \
+                or n is not None and (n.size != 1 or n.dtype.kind not in "iu"):
+            raise FIDError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are not float statistics of --dims {dims}, "
+                           "or n is no number of images")
+        return Side(None if n is None else int(n.item()), mu.astype(np.float64), sigma.astype(np.float64),
+                    np.empty((0, dims), np.float32), [], str(found.get("weights_sha256", "unknown")))
+    pixels = found.get("arr_0", found.get("images"))
+    if pixels is None or pixels.ndim < 3 or pixels.shape[3:] not in ((), (1,), (3,)):
+        shapes = {name: list(array.shape) for name, array in found.items()}
+        raise FIDError(f"{path}: expected images as 'arr_0' or 'images', uint8 [N, H, W, 3] or [N, H, W], or "
+                       f"statistics as 'mu' and 'sigma', found {shapes or 'none of them'}")
+    images = check_images(pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2), f"{path}: ")
+    if len(images) < 2:
+        raise FIDError(f"{path}: {len(images)} image(s), FID needs at least 2 a side, and thousands to mean something")
+    return images
+
+
+def check_images(images, where=""):
+    """uint8 [N, 3 or 1, H, W], tensor or ndarray -> tensor [N, 3, H, W]; FIDError for any other type or shape."""
+    if str(images.dtype) not in ("uint8", "torch.uint8"):
+        raise FIDError(f"{where}images are {images.dtype}: give uint8, 0 to 255 (from [-1, 1]: "
+                       "x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8))")
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape[2:]:
+        raise FIDError(f"{where}images are {list(images.shape)}: expected [N, 3, H, W] or [N, 1, H, W]")
+    return torch.as_tensor(images).expand(-1, 3, -1, -1)
+
 
 def choose(n, num):
     """The indices of `num` of n items, ascending: spread at random, so that sorted classes are all there, yet the same
@@ -267,17 +297,12 @@ def choose(n, num):
 
 
 def list_images(folder):
-    """Every image file under a folder, sorted; links are followed, each folder entered once, hidden names skipped."""
+    """Every image file under a folder, sorted; hidden names are skipped, linked folders inside it are not entered."""
     def fail(error):
         raise FIDError(f"cannot read folder {error.filename}: {error.strerror}") from error
-
-    found, entered = [], set()
-    for root, folders, files in os.walk(folder, followlinks=True, onerror=fail):
-        if os.path.realpath(root) in entered:
-            folders.clear()
-            continue
-        entered.add(os.path.realpath(root))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    found = []
+    for root, folders, files in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         found += [os.path.join(root, f) for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
     return sorted(found)
 
@@ -287,118 +312,35 @@ def read_image(path):
     if not os.path.isfile(path):                                         # a pipe named .png would wait for ever
         return f"{path}: not a file"
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return f"{path}: {image.width} x {image.height} is more than {MAX_PIXELS} pixels"
+        with Image.open(path, formats=FORMATS) as image:                 # Pillow itself refuses decompression bombs
             image = ImageOps.exif_transpose(image)
-            if image.mode == "F":
-                return f"{path}: floating-point pixels have no known range"
-            if image.mode.startswith("I"):                               # 16 bits, which Pillow also opens as 32
+            if image.mode.startswith(("I", "F")):                        # 16 bits, which Pillow also opens as 32
                 grey = np.asarray(image).astype(np.int64)
-                if grey.min() < 0 or grey.max() > 65535:
-                    return f"{path}: grey values outside 16 bits"
+                if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+                    return f"{path}: float or 32-bit pixels have no known range"
                 image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             pixels = np.array(image.convert("RGB"))                      # [H, W, 3]
     except Exception as error:                   # decoders fail in many ways; the caller counts and names the file
-        return f"{path}: {type(error).__name__}: {error}"
+        return f"{path}: {why(error)}"
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 
-def read_files(files):
-    """read_image of each file, in order, decoded by threads a few files ahead of the network."""
-    threads = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads) as pool:
-        ahead = deque()
-        for path in files:
-            ahead.append(pool.submit(read_image, path))
-            if len(ahead) > 2 * threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-
-def npy_header(file):
-    """(shape, Fortran order, dtype) of an open .npy, left at its first number. ValueError if it is none."""
-    read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-    return read[np.lib.format.read_magic(file)[0]](file)
-
-
-def npz_headers(path):
-    """{array name: npy_header} of an .npz; FIDError if the file is none. No number is read and nothing unpickled."""
-    headers = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                with archive.open(name) as file:
-                    shape, fortran, dtype = headers[name.removesuffix(".npy")] = npy_header(file)
-                if math.prod(shape) * dtype.itemsize > archive.getinfo(name).file_size:
-                    raise ValueError(f"{name} announces {list(shape)} numbers and ends before")
-    except Exception as error:                   # zipfile, zlib and numpy fail in many ways on a hostile file
-        raise FIDError(f"cannot read {path} as an .npz of arrays: {type(error).__name__}: {error}") from error
-    return headers
-
-
-def read_npz(path, name, shape, chosen):
-    """Yield the chosen images of an array [N, H, W, (1 or 3)] in an .npz, in pieces of about 1 MB."""
-    size = math.prod(shape[1:])
-    rows = max(1, 2**20 // size)
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
-        npy_header(file)
-        for start in range(0, shape[0], rows):
-            count = min(rows, shape[0] - start)
-            try:
-                data = file.read(count * size)
-            except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-                raise FIDError(f"{path} is damaged at image {start}: {error}") from error
-            if len(data) < count * size:
-                raise FIDError(f"{path} ends before image {start + count} of the {shape[0]} it announces")
-            pixels = np.frombuffer(bytearray(data), np.uint8).reshape(count, *shape[1:3], -1)
-            wanted = chosen[np.searchsorted(chosen, start):np.searchsorted(chosen, start + count)] - start
-            if len(wanted):
-                yield check_images(torch.from_numpy(pixels[wanted]).permute(0, 3, 1, 2))
-
-
-def check_images(images):
-    """uint8 [N, 3 or 1, H, W], tensor or ndarray -> tensor [N, 3, H, W]; FIDError for any other type or shape."""
-    images = torch.as_tensor(images)
-    if images.dtype != torch.uint8:
-        raise FIDError(f"images are {images.dtype}: give uint8, 0 to 255 (from [-1, 1]: "
-                       "x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8))")
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape[2:]:
-        raise FIDError(f"images have the shape {list(images.shape)}: expected [N, 3, H, W] or [N, 1, H, W]")
-    return images.expand(-1, 3, -1, -1)
-
-
-def open_source(source, num=None):
-    """A folder, an .npz of images, or uint8 [N, 3 or 1, H, W] -> (kind, n, parts), as told above; else FIDError."""
-    if not isinstance(source, (str, os.PathLike)):
-        images = check_images(source)
-        chosen = choose(len(images), num)
-        return "array", len(chosen), (images[i] for i in np.array_split(chosen, max(1, len(chosen) // 64)))
-    source = os.fspath(source)
-    if os.path.isdir(source):
-        files = list_images(source)
-        if not files:
-            raise FIDError(f"no image files ({', '.join(EXTENSIONS)}) in {source}")
-        chosen = choose(len(files), num)
-        return "folder", len(chosen), read_files(files[i] for i in chosen)
-    if not os.path.isfile(source):
-        raise FIDError(f"{source}: expected a folder of images or an .npz file, but there is nothing")
-    headers = npz_headers(source)
-    name = next((name for name in ("arr_0", "images") if name in headers), None)
-    if name is None:
-        raise FIDError(f"{source}: expected images as 'arr_0' or 'images', or statistics as 'mu' and 'sigma', "
-                       f"found {sorted(headers)}")
-    shape, fortran, dtype = headers[name]
-    if dtype != np.uint8 or fortran or len(shape) not in (3, 4) or len(shape) == 4 and shape[3] not in (1, 3) \
-            or not 0 < shape[1] * shape[2] <= MAX_PIXELS:
-        raise FIDError(f"{source}: '{name}' is {dtype} {list(shape)}, "
-                       "expected uint8 [N, H, W, 3] or [N, H, W] in C order")
-    chosen = choose(shape[0], num)
-    return "npz", len(chosen), read_npz(source, name, shape, chosen)
+def read_files(files, unreadable):
+    """The images of files, uint8 [1, 3, H, W], in order, decoded by threads, 16 files at a time.
+    What cannot be read is added to the list `unreadable`; FIDError when that is more than 1%."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(files), 16):
+            for image in pool.map(read_image, files[start:start + 16]):
+                if isinstance(image, torch.Tensor):
+                    yield image
+                    continue
+                unreadable.append(image)
+                if len(unreadable) > 0.01 * len(files):
+                    raise FIDError(f"more than 1% of {len(files)} images cannot be read, among them "
+                                   f"{'; '.join(unreadable[:3])}: repair or remove them")
 
 
 # ---- features and statistics ---------------------------------------------------------------------------------------
@@ -410,59 +352,42 @@ def prepare(images):
     return 2 * F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False) - 1
 
 
-@contextmanager
-def exact(device):
-    """Convolutions on this device are true 32-bit inside, whatever the caller set: no TF32, no autocast."""
-    before = [(conv, conv.fp32_precision) for conv in (torch.backends.cudnn.conv, torch.backends.mkldnn.conv)]
+@torch.inference_mode()
+def run(model, x):
+    """Prepared [B, 3, 299, 299] -> features, array [B, dims]; the caller's TF32 and autocast are off inside."""
+    convs = torch.backends.cudnn.conv, torch.backends.mkldnn.conv
+    before = [conv.fp32_precision for conv in convs]
     try:
-        for conv, _ in before:
+        for conv in convs:
             conv.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
+        with torch.autocast(x.device.type, enabled=False):
+            return model(x).cpu().numpy()
     finally:
-        for conv, precision in before:
+        for conv, precision in zip(convs, before):
             conv.fp32_precision = precision
 
 
-@torch.inference_mode()
-def run(model, parts):
-    """Prepared parts [b, 3, 299, 299] -> their features, float32 array [sum of b, dims]."""
-    x = torch.cat(parts)
-    with exact(x.device):
-        return model(x).cpu().numpy()
-
-
-def batches(parts, model, batch_size):
-    """Features of uint8 parts [b, 3, H, W] of any sizes, in order, as float32 arrays [up to batch_size, dims]."""
-    device, waiting, count = next(model.parameters()).device, [], 0
+def batches(images, model, batch_size):
+    """Features of uint8 images [1, 3, H, W] of any sizes, in order, as float32 arrays [up to batch_size, dims]."""
+    images, device = iter(images), next(model.parameters()).device
     # a CPU gets small activations back from the allocator, and fresh pages for large ones, at half the speed
     batch_size = batch_size or (4 if device.type == "cpu" else 64)
-    model.eval()
-    for part in parts:
-        while len(part):
-            piece, part = part[:batch_size - count], part[batch_size - count:]
-            waiting.append(prepare(piece.to(device)))
-            count += len(piece)
-            if count == batch_size:
-                yield run(model, waiting)
-                waiting, count = [], 0
-    if waiting:
-        yield run(model, waiting)
+    while group := list(islice(images, batch_size)):
+        yield run(model, torch.cat([prepare(image.to(device)) for image in group]))
 
 
 def features(images, model, batch_size=None):
     """uint8 [N, 3 or 1, H, W] (tensor or ndarray, 0 to 255) -> float32 ndarray [N, dims]. FIDError if not uint8."""
-    return np.concatenate([np.empty((0, model.dims), np.float32), *batches([check_images(images)], model, batch_size)])
+    images = (image[None] for image in check_images(images))
+    return np.concatenate([np.empty((0, model.dims), np.float32), *batches(images, model, batch_size)])
 
 
 class Moments:
     """Mean and covariance of rows that arrive in pieces (Chan, Golub & LeVeque 1979), float64, O(D^2) memory."""
-
     def __init__(self, dims):
         self.n, self.mean, self.scatter = 0, np.zeros(dims), np.zeros((dims, dims))
 
-    def update(self, rows):
-        """rows [b, D]; b >= 1."""
+    def update(self, rows):                                              # [b, D]
         rows = np.asarray(rows, np.float64)
         mean, b = rows.mean(0), len(rows)
         rows, step = rows - mean, mean - self.mean
@@ -486,96 +411,44 @@ def statistics(features):
     return moments.result()
 
 
-@dataclass
-class Side:
-    """One side of a comparison: what `scan` or `read_statistics` found."""
-    path: str                  # as given
-    kind: str                  # folder, npz, array or statistics
-    n: int | None              # images measured; None if a statistics file does not say
-    mu: np.ndarray             # [D] float64
-    sigma: np.ndarray          # [D, D] float64
-    kept: np.ndarray | None    # [min(n, KEEP), D] float32 for KID, precision and recall; None from statistics
-    unreadable: list           # one string a file that could not be read
-    weights: str               # SHA-256 prefix of the network behind it
-
-
-def scan(source, model, num=None, batch_size=None, progress=None):
-    """One pass over a folder, an .npz of images or a uint8 [N, 3 or 1, H, W] -> Side; memory does not grow with N.
-
-    num: measure this many, spread over all (`choose`). progress: a name to print beside the images a second on stderr.
-    FIDError if there are under 2 images or more than 1% cannot be read.
-    """
-    kind, n, parts = open_source(source, num)
-    unreadable, moments, start, told = [], Moments(model.dims), time.time(), 0
-
-    def readable():
-        for part in parts:
-            if isinstance(part, torch.Tensor):
-                yield part
-                continue
-            unreadable.append(part)
-            if len(unreadable) > 0.01 * n:
-                raise FIDError(f"{source}: more than 1% of {n} images cannot be read, among them "
-                               f"{'; '.join(unreadable[:3])}: repair or remove them")
-
-    keep, held = choose(n, KEEP), 0
+def scan(images, model, num=None, batch_size=None, progress=None):
+    """One pass over image files or uint8 [N, 3, H, W], both from `open_source`, -> Side; memory does not grow with N.
+    num: measure this many (`choose`). progress: a name to print on stderr beside the images a second."""
+    unreadable, moments, start, chosen = [], Moments(model.dims), time.time(), choose(len(images), num)
+    n = len(chosen)
+    if isinstance(images, torch.Tensor):
+        source = (images[i:i + 1] for i in chosen)
+    else:
+        source = read_files([images[i] for i in chosen], unreadable)
+    keep = choose(n, KEEP)
     kept = np.empty((len(keep), model.dims), np.float32)                 # small arrays would lie between the network's
-    for x in batches(readable(), model, batch_size):
-        some = x[keep[np.searchsorted(keep, moments.n):np.searchsorted(keep, moments.n + len(x))] - moments.n]
-        kept[held:held + len(some)] = some
-        held += len(some)
+    for x in batches(source, model, batch_size):
+        here = np.flatnonzero((keep >= moments.n) & (keep < moments.n + len(x)))
+        kept[here] = x[keep[here] - moments.n]
         moments.update(x)
-        if progress and (time.time() - told > 1 or moments.n + len(unreadable) == n):
-            told = time.time()
-            print(f"\r{progress}: {moments.n} of {n} images, {moments.n / (told - start):.1f} a second ",
+        if progress:
+            print(f"\r{progress}: {moments.n} of {n} images, {moments.n / (time.time() - start):.1f} a second ",
                   end="", file=sys.stderr, flush=True)
     if progress:
         print(file=sys.stderr)
-    if moments.n < 2:
-        raise FIDError(f"{source}: {moments.n} image(s), FID needs at least 2 a side, and thousands to mean something")
-    path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "array"
-    return Side(path, kind, moments.n, *moments.result(), kept[:held], unreadable, model.weights_sha256)
+    return Side(moments.n, *moments.result(), kept[keep < moments.n], unreadable, model.weights_sha256)
 
 
 def save_statistics(path, side):
     """Write mu and sigma (pytorch-fid's names), n and the weights' hash as an .npz, whole or not at all."""
-    try:
-        with open(f"{path}.tmp", "wb") as file:
-            np.savez(file, mu=side.mu, sigma=side.sigma, n=side.n, weights_sha256=side.weights)
-        os.replace(f"{path}.tmp", path)
-    except OSError as error:
-        raise FIDError(f"cannot write {path}: {error.strerror}") from error
-
-
-def read_statistics(path, dims):
-    """A statistics .npz (`mu`, `sigma`; pytorch-fid's, EDM's or ours) -> Side without single features."""
-    headers = npz_headers(path)
-    shapes = headers["mu"][0], headers["sigma"][0]
-    if shapes != ((dims,), (dims, dims)) or any(headers[name][2].kind != "f" for name in ("mu", "sigma")):
-        raise FIDError(f"{path}: mu and sigma of shapes {shapes} are not float statistics of --dims {dims}")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            mu, sigma = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
-            n = int(file["n"]) if "n" in file else None
-            weights = str(file["weights_sha256"]) if "weights_sha256" in file else "unknown"
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise FIDError(f"cannot read statistics {path}: {error}") from error
-    return Side(path, "statistics", n, mu, sigma, None, [], weights)
+    with open(f"{path}.tmp", "wb") as file:
+        np.savez(file, mu=side.mu, sigma=side.sigma, n=side.n, weights_sha256=side.weights)
+    os.replace(f"{path}.tmp", path)
 
 
 # ---- distances -----------------------------------------------------------------------------------------------------
-# All in float64 on the CPU. x and y are features [N, D]; kernels and distances are computed in blocks of rows.
+# All in float64 on the CPU. x and y are features [N, D]; kernels and distances are computed ROWS rows at a time.
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), Dowson & Landau 1982: mu [D], sigma [D, D] -> float.
-
     With S1 = A A^T, S1 S2 has the eigenvalues of the symmetric A^T S2 A: no complex square root of a matrix, nothing
-    added to a diagonal, and any rank will do (fewer images than D). FIDError if shapes differ or one is not finite.
-    """
+    added to a diagonal, and any rank will do (fewer images than D). FIDError if one is not finite."""
     mu1, mu2, sigma1, sigma2 = (torch.as_tensor(np.asarray(v, np.float64)) for v in (mu1, mu2, sigma1, sigma2))
-    if mu1.ndim != 1 or mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == (len(mu1), len(mu1)):
-        shapes = [list(v.shape) for v in (mu1, sigma1, mu2, sigma2)]
-        raise FIDError(f"statistics of shapes {shapes}: expected [D], [D, D] twice, with the same D")
     if not all(v.isfinite().all() for v in (mu1, sigma1, mu2, sigma2)):
         raise FIDError("the statistics hold numbers that are not finite: were the features?")
     # Cholesky with pivoting stops where only rounding errors of zero are left, five times sooner than eigenvectors do;
@@ -588,47 +461,43 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def kid(x, y, halves=50):
-    """Features [M >= 2, D], [N >= 2, D] -> (KID, its spread): the unbiased U-statistic of MMD^2 over all rows
+    """Features [M >= 4, D], [N >= 4, D] -> (KID, its spread): the unbiased U-statistic of MMD^2 over all rows
     (Gretton et al. 2012, lemma 6) with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, arXiv:1801.01401).
-
     Its mean is 0 for equal distributions at any N, so it can be negative. The spread is its standard deviation over
     random halves of both sides, an estimate of the standard error of the score itself (delete-half jackknife,
-    Shao & Wu 1989); nan below 4 rows. FIDError below 2 rows or if D differs.
-    """
-    x, y = check_features(x, y, least=2)
+    Shao & Wu 1989). FIDError below 4 rows or if D differs."""
+    x, y = check_features(x, y, least=4)
     rng = np.random.RandomState(0)
 
     def members(n):                                                      # column 0: everyone; the others: a random half
-        return np.stack([np.ones(n)] + [rng.permutation(n) < max(2, n // 2) for _ in range(halves)], axis=1)
+        return np.stack([np.ones(n)] + [rng.permutation(n) < n // 2 for _ in range(halves)], axis=1)
 
     def mean(x, y, mx, my, same):                                        # of the kernel, by column: [1 + halves]
         total = np.zeros(1 + halves)
-        for i, k in products(x, y):
-            k = k / x.shape[1] + 1
-            k = k * k * k                                                # [256, N]; numpy's k**3 is 6 times slower
-            total += ((k @ my) * mx[i:i + len(k)]).sum(0)
-            if same:                                                     # i != j: what makes it unbiased
-                total -= k[np.arange(len(k)), i + np.arange(len(k))] @ mx[i:i + len(k)]
+        for i in range(0, len(x), ROWS):
+            k = x[i:i + ROWS] @ y.T / x.shape[1] + 1
+            k = k * k * k                                                # [ROWS, N]; numpy's k**3 is 6 times slower
+            if same:
+                np.fill_diagonal(k[:, i:], 0)                            # i != j: what makes it unbiased
+            total += ((k @ my) * mx[i:i + ROWS]).sum(0)
         return total / (mx.sum(0) * (my.sum(0) - same))
 
     mx, my = members(len(x)), members(len(y))
     score = mean(x, x, mx, mx, True) + mean(y, y, my, my, True) - 2 * mean(x, y, mx, my, False)
-    return float(score[0]), float(score[1:].std(ddof=1)) if min(len(x), len(y)) >= 4 else float("nan")
+    return float(score[0]), float(score[1:].std(ddof=1))
 
 
 def precision_recall(real, fake, k=3):
     """Features [M > k, D], [N > k, D] -> (precision, recall) in [0, 1] (Kynkaanniemi et al. 2019, arXiv:1904.06991).
-
     Precision is the share of fake rows within the reach of some real row, recall the share of real rows within the
-    reach of some fake row; a row reaches as far as its k-th nearest neighbour on its own side. FIDError if k or fewer.
-    """
+    reach of some fake row; a row reaches as far as its k-th nearest neighbour on its own side."""
     real, fake = check_features(real, fake, least=k + 1)
 
-    def distances(x, y):                                                 # squared, blocks of [256, N]
-        xx, yy = (np.einsum("nd,nd->n", v, v, dtype=np.float64) for v in (x, y))
-        for i, xy in products(x, y):
-            size = xx[i:i + len(xy), None] + yy
-            d = size - 2 * xy
+    def distances(x, y):                                                 # squared, blocks of [ROWS, N]
+        xx, yy = np.einsum("nd,nd->n", x, x), np.einsum("nd,nd->n", y, y)
+        for i in range(0, len(x), ROWS):
+            size = xx[i:i + ROWS, None] + yy
+            d = size - 2 * x[i:i + ROWS] @ y.T
             yield np.where(d < 1e-10 * size, 0, d)                       # equal images: 0, not rounding errors
 
     def reach(x):                                                        # itself is the 0-th neighbour
@@ -642,17 +511,11 @@ def precision_recall(real, fake, k=3):
 
 
 def check_features(x, y, least):
-    x, y = np.asarray(x), np.asarray(y)
+    """Two arrays [N, D] -> the same in float64; FIDError if one has fewer than `least` rows or D differs."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < least:
         raise FIDError(f"features of shapes {list(x.shape)}, {list(y.shape)}: expected two [N, D], N at least {least}")
     return x, y
-
-
-def products(x, y, size=256):
-    """x y^T in float64 by blocks of rows: (first row, [size, N]); no float64 copy of all features is ever made."""
-    for i in range(0, len(x), size):
-        rows = x[i:i + size].astype(np.float64)
-        yield i, np.concatenate([rows @ y[j:j + size].astype(np.float64).T for j in range(0, len(y), size)], axis=1)
 
 
 # ---- command line --------------------------------------------------------------------------------------------------
@@ -662,22 +525,18 @@ def compare(real, fake):
     scores = dict(fid=frechet_distance(real.mu, real.sigma, fake.mu, fake.sigma),
                   kid=None, kid_spread=None, precision=None, recall=None)
     notes = []
-    if real.kept is None or fake.kept is None:
-        notes.append("KID, precision and recall need images on both sides: a statistics file has no single features")
+    if min(len(real.kept), len(fake.kept)) >= 4:
+        scores["kid"], scores["kid_spread"] = kid(real.kept, fake.kept)
+        scores["precision"], scores["recall"] = precision_recall(real.kept, fake.kept)
     else:
-        scores["kid"], spread = kid(real.kept, fake.kept)
-        scores["kid_spread"] = None if np.isnan(spread) else spread
-        if min(len(real.kept), len(fake.kept)) > 3:
-            scores["precision"], scores["recall"] = precision_recall(real.kept, fake.kept)
-        else:
-            notes.append("precision and recall (k = 3) need at least 4 images on each side")
+        notes.append("KID, precision and recall need at least 4 images on each side; a statistics file holds none")
     known = [side.n for side in (real, fake) if side.n is not None]
     if known and min(known) < 2048:
         notes.append(f"FID at {min(known)} images is mostly bias: with dims 2048 a perfect generator would score about "
                      "55 at 512 images, 34 at 1000, 15 at 2000 (Gaussian model); compare only at equal n, or KID")
     if len(known) == 2 and known[0] != known[1]:
         notes.append(f"n differs ({real.n} and {fake.n}): the bias depends on both")
-    if len({side.weights for side in (real, fake)} - {"unknown"}) > 1:
+    if len({real.weights, fake.weights} - {"unknown"}) == 2:
         notes.append(f"the sides were measured with different weights ({real.weights}, {fake.weights})")
     return scores, notes
 
@@ -692,15 +551,24 @@ def parse_args(argv=None):
     p.add_argument("--batch_size", type=int, help="images at once (GPU 64, CPU 4); no score depends on it")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
     p.add_argument("--save_stats", metavar="OUT.npz", help="write mean and covariance of the one side")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if (args.fake is None) == (args.save_stats is None):
+        p.error("give two sides to compare, or one side and --save_stats OUT.npz")
+    if args.batch_size is not None and args.batch_size < 1 or args.num is not None and args.num < 2:
+        p.error("--batch_size must be at least 1 and --num at least 2")
+    if args.save_stats and (os.path.isdir(args.save_stats) or not Path(args.save_stats).absolute().parent.is_dir()):
+        p.error(f"--save_stats {args.save_stats}: expected the name of a file, in a folder that exists")
+    if args.save_stats and os.path.realpath(args.save_stats) == os.path.realpath(args.real):
+        p.error(f"--save_stats {args.save_stats} would overwrite the images it is computed from")
+    return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     try:
         result = measure(args)
-    except (FIDError, torch.OutOfMemoryError) as error:
-        reason = error if isinstance(error, FIDError) else "out of memory: lower --batch_size (GPU: 64)"
+    except (FIDError, OSError, torch.OutOfMemoryError) as error:
+        reason = "out of memory: lower --batch_size" if isinstance(error, torch.OutOfMemoryError) else error
         print(f"fid.py: {reason}", file=sys.stderr)
         sys.exit(2)
     for note in result["notes"]:
@@ -710,26 +578,15 @@ def main(argv=None):
 
 def measure(args):
     """What the command line asks for, as one dict: scores, notes and the whole protocol."""
-    if (args.fake is None) == (args.save_stats is None):
-        raise FIDError("give two sides to compare, or one side and --save_stats OUT.npz")
-    if args.batch_size is not None and args.batch_size < 1 or args.num is not None and args.num < 2:
-        raise FIDError("--batch_size must be at least 1 and --num at least 2")
-    if args.save_stats:
-        folder = os.path.dirname(os.path.abspath(args.save_stats))
-        if not args.save_stats.endswith(".npz") or not os.path.isdir(folder):
-            raise FIDError(f"--save_stats {args.save_stats}: expected a name ending in .npz in a folder that exists")
-        if os.path.realpath(args.save_stats) == os.path.realpath(args.real):
-            raise FIDError(f"--save_stats {args.save_stats} would overwrite the images it is computed from")
-    paths = {name: path for name, path in (("real", args.real), ("fake", args.fake)) if path is not None}
-    stored = {name: os.path.isfile(path) and {"mu", "sigma"} <= set(npz_headers(path)) for name, path in paths.items()}
-    if args.save_stats and stored["real"]:
+    paths = dict(real=args.real) if args.save_stats else dict(real=args.real, fake=args.fake)
+    sides = {name: open_source(path, args.dims) for name, path in paths.items()}         # what is wrong is said at once
+    if args.save_stats and isinstance(sides["real"], Side):
         raise FIDError(f"{args.real} holds statistics already: give images to compute them from")
-    for name, path in paths.items():
-        if not stored[name]:
-            open_source(path, args.num)                                  # what cannot be read is said at once
-    model = None if all(stored.values()) else load_inception(args.weights, args.dims, args.device)
-    sides = {name: read_statistics(path, args.dims) if stored[name]
-             else scan(path, model, args.num, args.batch_size, progress=name) for name, path in paths.items()}
+    model = None
+    for name, side in sides.items():
+        if not isinstance(side, Side):
+            model = model or load_inception(args.weights, args.dims, args.device)
+            sides[name] = scan(side, model, args.num, args.batch_size, progress=name)
     if args.save_stats:
         save_statistics(args.save_stats, sides["real"])
         scores, notes = dict(saved=args.save_stats), []
@@ -737,10 +594,9 @@ def measure(args):
         scores, notes = compare(sides["real"], sides["fake"])
     for side in sides.values():
         if side.unreadable:
-            notes.append(f"{side.path}: {len(side.unreadable)} files are unreadable: {'; '.join(side.unreadable[:3])}")
-    protocol = {name: dict(path=side.path, kind=side.kind, n=side.n, kept=0 if side.kept is None else len(side.kept),
-                           unreadable=len(side.unreadable), unreadable_first=side.unreadable[:3], weights=side.weights)
-                for name, side in sides.items()}
+            notes.append(f"{len(side.unreadable)} files are unreadable: {'; '.join(side.unreadable[:3])}")
+    protocol = {name: dict(path=paths[name], n=side.n, kept=len(side.kept), unreadable=len(side.unreadable),
+                           weights=side.weights) for name, side in sides.items()}
     return dict(**scores, dims=args.dims, resize=RESIZE, kernel="(x.y/D + 1)^3, unbiased", k=3, **protocol,
                 weights_file=model and model.weights_file, weights_sha256=model and model.weights_sha256, notes=notes)
 

@@ -10,8 +10,9 @@ as "unseen" was never trained on. The method is that of Giannone, Nielsen and Wi
 This file is the whole method and has no side effects when imported:
 config -> data -> transformer parts -> set encoders -> denoiser -> diffusion -> model -> samplers -> checkpoint reader.
 
-Letters inside formulas: B sets, K images in a set, n targets per set, G groups of context tokens, C, H, W a picture,
-N tokens of one picture, D width, T diffusion steps, t a time, x0 a clean picture in [-1, 1], x_t a noisy one.
+Letters inside formulas: B sets, K images in a set, n targets per set, G groups of context tokens, M all these tokens
+(in Data: images in all), C, H, W a picture, N tokens of one picture, p pixels a side of a token, D width, d
+width of a head, T diffusion steps, t a time, a = alpha_bar_t, x0 a clean picture in [-1, 1], x_t a noisy one.
 """
 import dataclasses
 import hashlib
@@ -55,13 +56,13 @@ class Config:
     encoder_depth: int = 6                  # blocks of the set encoder
     encoder_patch_size: int = 2             # pixels a side of one context token
     hdim: int = 384                         # width of the set encoder and of the context
-    mode_conditioning: str = "film"         # film: a context vector; lag: and every block attends to context tokens
+    mode_conditioning: str = "film"         # film: the context is one vector; lag: blocks attend to its tokens as well
     mode_context: str = "deterministic"     # or variational: a draw from a Gaussian that a KL holds near N(0, I)
     context_dropout: float = 0.0            # share of targets trained on the null context (guidance needs some)
     vary_support: bool = False              # train each target on 1 .. sample_size - 1 of the others, not on all
     diffusion_steps: int = 250              # T
     schedule: str = "linear"                # linear | cosine: how alpha_bar falls with t
-    prediction: str = "noise"               # noise | v: what the network's output means
+    prediction: str = "noise"               # the network's output: noise | v = sqrt(a) noise - sqrt(1 - a) x0
 
     def __post_init__(self):
         """Raises ValueError with one sentence that names the field when the values contradict each other."""
@@ -93,13 +94,14 @@ class Config:
              f"sample_size {self.sample_size}: at least 2, since each image is generated from the others")
 
 
+# what made models use their context (README, How it differs)
 FEW_SHOT = dict(encoder="image", mode_conditioning="lag", context_dropout=0.1, vary_support=True,
                 depthwise_conv=True, fourier_features=True, schedule="cosine", prediction="v")
 PRESETS = {
     # learns something worth seeing in 15 minutes on two CPU cores
     "demo": dict(FEW_SHOT, image_size=24, patch_size=4, hidden_size=192, depth=6, num_heads=3,
                  encoder_depth=2, encoder_patch_size=8, hdim=192),
-    # the documents' reference configuration, exactly: 43,509,900 parameters
+    # what the documents on VFSDDPM (README, The size of things) call reference, exactly: 43,509,900 parameters
     "reference": dict(),
     # the documents' wide and shallow configuration: 37,739,262 parameters
     "wide": dict(hidden_size=450, depth=6, num_heads=9, hdim=450),
@@ -111,7 +113,8 @@ PRESETS = {
 }
 
 
-# ---- Randomness has an address: (seed, stream, step, rank), so that a resumed run repeats nothing and saves nothing.
+# ---- Randomness has an address: the seed, a stream, then step and part, or an image's number. So a resumed run repeats
+# nothing and saves nothing, and an image does not depend on the batch that it was made in.
 
 SAMPLING, TRAINING, VALIDATION, PICTURE, EVALUATION, SETS, CONTEXT, GLYPHS = *range(1, 8), 71   # the streams
 
@@ -124,6 +127,8 @@ def rng(device, seed, *address):
 
 
 # ---- Data: one uint8 tensor per split on the training device, images sorted by class; a batch of sets is an index.
+# A loader(path, size, channels, download) -> images uint8 [M, channels, size, size], their labels int [M], the names of
+# all classes, and the labels of the classes in "train", "val" and "test". load_data chooses one.
 
 class Split(NamedTuple):
     images: torch.Tensor                    # uint8 [M, C, H, W], all images of class 0, then of class 1, ...
@@ -287,8 +292,8 @@ def omniglot(path, size, channels, download):
 def celeba(path, size, channels, download):
     """torchvision's CelebA: a class is an identity with at least 20 images; identities sorted, 70/10/20 percent."""
     data = datasets.CelebA(path, "all", target_type="identity", download=download)
-    identity, counts = data.identity[:, 0].numpy(), data.identity.unique(return_counts=True)
-    names = [int(i) for i, count in zip(*counts) if count >= 20]
+    identity, found = data.identity[:, 0].numpy(), data.identity.unique(return_counts=True)
+    names = [int(i) for i, count in zip(*found) if count >= 20]
     rows = np.flatnonzero(np.isin(identity, names))
     images = np.stack([to_picture(data[i][0], size, channels) for i in rows])
     a, b = int(len(names) * 0.7), int(len(names) * 0.8)
@@ -378,7 +383,8 @@ def check_data(data, sample_size, splits=("train", "val")):
                              "different ones: add images, or ask for fewer (--sample_size; --k of sample.py)")
 
 
-# ---- Transformer parts.
+# ---- Transformer parts, up to the blocks that set encoders and denoiser are built of. Every layer begins with weights
+# of its own choosing, so a model needs no pass of initialisation.
 
 def attend(q, k, v, mask=None):
     """q [B, N, heads, d], k and v [B, M, heads, d], mask bool [B, 1, N, M] (True: may look) -> [B, N, heads * d]."""
@@ -393,7 +399,7 @@ def attend(q, k, v, mask=None):
 
 
 class Linear(nn.Linear):
-    """Begins with Xavier's weights and no bias, as in DiT."""
+    """Begins with Xavier's weights and a bias of zero, as in DiT."""
     def reset_parameters(self):                                                 # nn.Linear calls it
         nn.init.xavier_uniform_(self.weight)
         if self.bias is not None:
@@ -455,9 +461,9 @@ def unpatchify(x, p):
     return F.pixel_shuffle(x.mT.unflatten(2, (side, side)), p)
 
 
-def timestep_embedding(t, width=256):
-    """t [B] in 0 .. 1000 -> [B, width]: cosines and sines at geometric frequencies (DDPM; Vaswani et al. 2017)."""
-    frequency = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
+def timestep_embedding(t):
+    """t [B] in 0 .. 1000 -> [B, 256]: cosines and sines at geometric frequencies (DDPM; Vaswani et al. 2017)."""
+    frequency = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
     angle = t[:, None].float() * frequency
     return torch.cat([angle.cos(), angle.sin()], 1)
 
@@ -465,10 +471,10 @@ def timestep_embedding(t, width=256):
 def position_table(tokens, width):
     """-> [tokens, width], the start of a learned table: sines and cosines of row and column on one 16 x 16 map,
     whatever the patch size, so that a target's patch finds the same place in the support from the first step on."""
-    if width % 4:
+    if width % 4:                                                               # 450 wide: no room for four of each
         return torch.randn(tokens, width) * 0.02
     side = math.isqrt(tokens)
-    frequency = 100.0 ** -torch.linspace(0, 1, width // 4)
+    frequency = 100.0 ** -torch.linspace(0, 1, width // 4)      # with 10,000 half of them would not move in 16 rows
     angle = (torch.arange(side) + 0.5)[:, None] * (16 / side) * frequency           # [side, width / 4]
     one = torch.cat([angle.sin(), angle.cos()], 1)                                  # [side, width / 2]
     return torch.cat([one[:, None].expand(-1, side, -1), one.expand(side, -1, -1)], 2).flatten(0, 1)
@@ -501,11 +507,11 @@ class DiTBlock(nn.Module):
         if depthwise_conv:
             self.local = zero(nn.Conv2d(width, width, 3, padding=1, groups=width))
 
-    def forward(self, x, c, keys_values=None, mask=None):       # x [B * n, N, D], c [B * n, D]
+    def forward(self, x, c, keys_values=None, mask=None):       # x [B * n, N, D], c [B * n, D], [B, 1, n * N, M]
         if hasattr(self, "local"):
             side = math.isqrt(x.shape[1])
             x = x + self.local(x.mT.unflatten(2, (side, side))).flatten(2).mT
-        # a branch's three: 0 attention, 1 MLP, 2 context
+        # one of each for every branch: 0 attention, 1 MLP, 2 context
         shift, scale, gate = self.ada(c).unflatten(1, (-1, 3, 1, x.shape[2])).unbind(2)     # [B * n, branches, 1, D]
         x = x + gate[:, 0] * self.attention(modulate(self.norm1(x), shift[:, 0], scale[:, 0]))
         if keys_values is not None:     # the targets of a set ask the same keys: one product of all their tokens
@@ -518,7 +524,8 @@ class DiTBlock(nn.Module):
 # ---- Set encoders: the images of a set, and who sees whom, -> context. sees, bool [B, n, K]: target i is generated
 # from image j. In training the targets are the images themselves (n = K), and no target sees itself. An encoder returns
 # a vector for every target [B, n, D], G groups of N tokens [B, G, N, D], and looks, bool [B, n, G]: the groups that
-# target i may attend to. ImageEncoder: a group is an image, looks = sees; StackedEncoder: a target's own pass.
+# target i may attend to. ImageEncoder: a group is an image, looks = sees; StackedEncoder: a group is what the pass for
+# a target made, and only this target looks at it.
 
 class ImageEncoder(nn.Module):
     """Reads each image by itself, once, whoever will look at it: the order never matters, any number of images
@@ -528,7 +535,7 @@ class ImageEncoder(nn.Module):
         D, self.patch = config.hdim, config.encoder_patch_size
         self.embed = Linear(self.patch ** 2 * config.in_channels * stacked, D)
         self.pos = nn.Parameter(position_table((config.image_size // self.patch) ** 2, D))
-        heads = math.gcd(D, config.num_heads)                                   # hdim need not be hidden_size
+        heads = math.gcd(D, config.num_heads)                                   # num_heads need not divide hdim
         self.blocks = nn.Sequential(*(Block(D, heads) for _ in range(config.encoder_depth)))
         self.norm = nn.LayerNorm(D)
 
@@ -564,7 +571,8 @@ class StackedEncoder(ImageEncoder):
 ENCODERS = {"stacked": StackedEncoder, "image": ImageEncoder, "none": lambda config: None}
 
 
-# ---- Denoiser.
+# ---- Denoiser: noisy targets, their times and their context -> noise or v. The DiT uses the context; the convolutions
+# are the documents' unconditional DDPM on digits and know the time only.
 
 class Context(NamedTuple):
     """What a DiT is told about the support of B sets with n targets each."""
@@ -575,6 +583,8 @@ class Context(NamedTuple):
 
 
 class DiT(nn.Module):
+    """Peebles and Xie 2022: patches are tokens; time plus context steers every block. Under lag blocks look at context
+    tokens too."""
     def __init__(self, config):
         super().__init__()
         D, self.patch = config.hidden_size, config.patch_size
@@ -584,7 +594,7 @@ class DiT(nn.Module):
         self.powers = (2, 4, 6) if config.fourier_features else ()
         self.embed = Linear(pixels * (1 + 2 * len(self.powers)), D, bias=False)
         nn.init.xavier_uniform_(self.embed.weight[:, :pixels])
-        nn.init.zeros_(self.embed.weight[:, pixels:])           # until there is little noise they are noise themselves
+        nn.init.zeros_(self.embed.weight[:, pixels:])           # begin at nothing: at most times they are only noise
         self.pos = nn.Parameter(position_table((config.image_size // self.patch) ** 2, D))
         self.time = nn.Sequential(Linear(256, D, bias=False), nn.SiLU(), Linear(D, D, bias=False))
         for layer in (self.time[0], self.time[2]):
@@ -611,7 +621,7 @@ class DiT(nn.Module):
             if context.keys_values:
                 keys_values = context.keys_values
                 mask = context.mask.repeat_interleave(N, dim=1)[:, None]                  # [B, 1, n * N, M]
-        c = F.silu(c)
+        c = F.silu(c)                                                           # adaLN's, once for all blocks
         x = x.flatten(0, 1)                                                     # [B * n, C, H, W]
         x = torch.cat([x, *(f(2 ** k * math.pi * x) for k in self.powers for f in (torch.sin, torch.cos))], 1)
         x = self.embed(patchify(x, self.patch)) + self.pos                      # [B * n, N, D]
@@ -650,14 +660,15 @@ DENOISERS = {"dit": DiT, "conv": DilatedConv}
 # ---- Diffusion: x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise, t = 0 .. T - 1   (DDPM eq. 4)
 
 def linear_schedule(T):
-    """beta from 1e-4 to 2e-2 at T = 1000, scaled by 1000 / T so that the last step is pure noise at every T."""
+    """beta from 1e-4 to 2e-2 at T = 1000 (DDPM, section 4), scaled by 1000 / T: pure noise at the end at every T."""
     # unscaled, T = 250 would end at alpha_bar = 0.08, and sampling from N(0, I) could never be right
     beta = torch.linspace(1e-4, 2e-2, T, dtype=torch.float64, device="cpu") * (1000 / T)
-    return (1 - beta.clamp(max=0.999)).cumprod(0)
+    return (1 - beta.clamp(max=0.999)).cumprod(0)                               # clamps only below T = 21
 
 
 def cosine_schedule(T):
-    """Nichol and Dhariwal 2021, eq. 17, at the middles of T equal steps: neither end is quite 0 or 1."""
+    """Nichol and Dhariwal 2021, eq. 17, at the middles of T equal steps and, unlike there, not divided by its value at
+    0: neither end is quite 0 or 1, and at T = 250 the last noise is 2 of 255 levels, not 1.2."""
     u = (torch.arange(T, dtype=torch.float64, device="cpu") + 0.5) / T
     return ((u + 0.008) / 1.008 * math.pi / 2).cos() ** 2
 
@@ -703,6 +714,7 @@ def to_bytes(x):
 # ---- The model: a set encoder and a denoiser, tied together by the diffusion.
 
 class FSDM(nn.Module):
+    """forward is the training loss; read and denoise serve the samplers."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -755,8 +767,8 @@ class FSDM(nn.Module):
         x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise                            # DDPM eq. 4
         context = self.read(x0 if support is None else to_signal(support), sees, drawn)
         out = self.denoiser(x_t, t, context).float()                            # [B, K, C, H, W]
-        target = noise if self.config.prediction == "noise" else a.sqrt() * noise - (1 - a).sqrt() * x0
-        error = (out - target).square().mean((2, 3, 4))                         # DDPM eq. 14; Salimans and Ho 2022
+        wanted = noise if self.config.prediction == "noise" else a.sqrt() * noise - (1 - a).sqrt() * x0
+        error = (out - wanted).square().mean((2, 3, 4))                         # DDPM eq. 14; Salimans and Ho 2022
         return error, context.kl if context is not None else None
 
     def denoise(self, x, t, context, guidance=1.0):
@@ -771,12 +783,14 @@ class FSDM(nn.Module):
             given, null = out.chunk(2, dim=1)
             out = null + guidance * (given - null)
         a = float(self.schedule[t])
-        x0 = ((x - (1 - a) ** 0.5 * out) / a ** 0.5 if self.config.prediction == "noise"
-              else a ** 0.5 * x - (1 - a) ** 0.5 * out)
+        x0 = ((x - (1 - a) ** 0.5 * out) / a ** 0.5 if self.config.prediction == "noise"        # DDPM eq. 15
+              else a ** 0.5 * x - (1 - a) ** 0.5 * out)                         # Salimans and Ho 2022, appendix D
         return x0.clamp(-1, 1)
 
 
-# ---- Samplers. Each step reads its successor from the list of kept times.
+# ---- Samplers: from noise x, of any shape, to x0. denoise(x, t) -> the predicted x0; alpha_bar float64 [T]; draw() ->
+# noise like x. Each step reads its successor from the list of kept times. The letters of DPM-Solver: alpha is
+# sqrt(alpha_bar), not DDPM's 1 - beta, and sigma sqrt(1 - alpha_bar); in ddim sigma is that of its eq. 16.
 
 def spaced_times(T, steps):
     """`steps` different times from T - 1 down to 0, evenly spaced."""
@@ -792,14 +806,14 @@ def log_snr_times(alpha_bar, steps):
 
 def ddim(denoise, x, alpha_bar, steps, draw, eta=0.0, large=False):
     """DDIM (Song et al. 2021, eq. 12 and 16); eta = 1 is DDPM's ancestral sampling with its smaller variance, and
-    with its larger one, beta, if `large` (their section 5.1)."""
+    with its larger one, beta, if `large` (their section 5)."""
     times = spaced_times(len(alpha_bar), steps)
     kept = [*alpha_bar[times].tolist(), 1.0]
     for t, a, a_next in zip(times, kept, kept[1:]):
         x0 = denoise(x, t)
         noise = (x - a ** 0.5 * x0) / (1 - a) ** 0.5                            # consistent with the clipped x0
-        sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5        # 0 in the last step
-        x = a_next ** 0.5 * x0 + max(1 - a_next - sigma ** 2, 0) ** 0.5 * noise
+        sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5        # eq. 16; 0 in the last step
+        x = a_next ** 0.5 * x0 + max(1 - a_next - sigma ** 2, 0) ** 0.5 * noise         # eq. 12
         if sigma > 0:
             x = x + ((1 - a / a_next) ** 0.5 if large else sigma) * draw()
     return x
@@ -872,7 +886,7 @@ def sample(model, support, n, sampler="2m_sde", steps=20, guidance=1.0, seed=0, 
 # ---- Checkpoints, and what the machine is good at.
 
 def load_model(path, device="cpu", weights="ema"):
-    """The only reader of checkpoints: path -> an FSDM in eval mode on `device`, with its Config as model.config.
+    """Reads a checkpoint to generate with: path -> an FSDM in eval mode on `device`, its Config as model.config.
 
     weights: "ema", the moving average, or "raw", the last step's. Executes nothing in the file (weights_only).
     Raises OSError when there is no file and ValueError when it is not one of ours."""

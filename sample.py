@@ -21,6 +21,8 @@ import fsdm
 from fsdm import EVALUATION, SETS, rng
 
 
+# ---- From support to pictures; train.py shows its progress with these too.
+
 def draw_support(split, sets, size, seed, stream):
     """`sets` sets of `size` images, from different classes as long as they last.
 
@@ -56,7 +58,7 @@ def generate(model, support, n, dtype=torch.float32, batch_size=64, **options):
 
 
 def write_whole(path, save):
-    """save(open binary file), then put that file in the place of `path`: replaced whole or not at all.
+    """Calls save(file) on a temporary file and gives it the name `path` when all is in it: whole or not at all.
 
     Raises OSError when it cannot be written, as on a full disk; then nothing is left of it."""
     temporary = Path(path).with_name(Path(path).name + ".tmp")
@@ -108,8 +110,8 @@ def evaluate(model, split, inception, num=2000, K=5, seed=0, shared_pool=False, 
     print(f"generating {support.numel():,} images, {K} from each of {len(support):,} support sets")
     sides = {"generated": generate(model, pictures, K, seed=seed, **options), "support returned": pictures,
              "other real images": split.images[other.to(device)]}
-    look = lambda images: fid.features(images.flatten(0, 1).cpu(), inception)       # [S * K, dims]
-    real, found = look(split.images[reference.to(device)]), {name: look(images) for name, images in sides.items()}
+    measure = lambda images: fid.features(images.flatten(0, 1).cpu(), inception)    # [S * K, dims]
+    real, found = measure(split.images[reference.to(device)]), {name: measure(x) for name, x in sides.items()}
     near = torch.from_numpy(found["support returned"]).unflatten(0, support.shape)  # [S, K, dims]
     classes = torch.searchsorted(split.offsets.cpu(), support[:, 0].contiguous(), right=True)   # [S]
     moments, scores = fid.statistics(real), {}
@@ -147,7 +149,7 @@ def table(scores):
     return "\n".join(lines)
 
 
-# ---- The command line.
+# ---- The command line: support from files or a data set; pictures, or with --evaluate scores.
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -160,7 +162,7 @@ def parse_args(argv=None):
     p.add_argument("--sets", type=int, default=8, help="support sets to take from the data set")
     p.add_argument("--k", type=int, help="support images a set; one less than the model's sample_size if left out")
     p.add_argument("--num", type=int, help="images to generate for each set (8); with --evaluate in all (2000)")
-    p.add_argument("--sampler", choices=fsdm.SAMPLERS, default="2m_sde", help="2m_sde in 20 steps equals ddpm in 250")
+    p.add_argument("--sampler", choices=fsdm.SAMPLERS, default="2m_sde", help="2m_sde in 20 steps is like ddpm in 250")
     p.add_argument("--steps", type=int, default=20, help="evaluations of the network per image")
     p.add_argument("--eta", type=float, help="noise of ddim: 0 none, 1 as much as ddpm")
     p.add_argument("--guidance", type=float, default=1.0, help="1: none; above 1: closer to the support")
@@ -249,7 +251,6 @@ def run_evaluation(model, data, K, args, options):
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "scores.json", lambda file: file.write(json.dumps(report, indent=1).encode()))
     print(f"\n{out / 'scores.json'} holds the scores with their recipe")
-
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
     python train.py                                          # the demo: invented glyphs, 15 minutes on two CPU cores
     python train.py --max_steps 0 --preset reference         # the parameter table, nothing else
-    python train.py --preset t4 --dataset cifar100 --data_dir data --download --max_hours 8.5
+    python train.py --preset t4 --dataset cifar100 --download --max_hours 8.5
     python train.py --dataset my_photos/ --out_dir runs/mine              # a folder of class folders
     python train.py --preset t4 --benchmark                               # how fast, how much memory; trains nothing
     torchrun --standalone --nproc_per_node=2 train.py --preset t4 ...     # two GPUs share every batch
 
-Leaves in --out_dir: ckpt.pt, log.jsonl (every number printed), and at every save samples_<step>.png, classes never
-trained on, support on the left and samples on the right. The same command again goes on from ckpt.pt.
+Leaves in --out_dir: ckpt.pt, log.jsonl (every number printed), and every --save_interval steps samples_<step>.png,
+classes never trained on, support on the left and samples on the right. The same command again goes on from ckpt.pt.
 """
 import argparse
 import collections
@@ -48,6 +48,7 @@ RECIPES = {
     "reference": DOCUMENTED,
     "wide": DOCUMENTED,
     "mnist": dict(DOCUMENTED, dataset="mnist", batch_size=128, lr=2e-4, save_interval=2000),
+    # AdamW: Muon's own products are in bf16, which a T4 has to emulate
     "t4": dict(DOCUMENTED, batch_size=16, lr=5e-4, warmup_steps=1000, save_interval=5000),
 }
 PATIENCE = 50                                           # gradients in a row that may be not finite
@@ -56,15 +57,15 @@ SAVE_SECONDS = 300                                      # at most so long betwee
 
 # ---- The command line. A shape flag that is left out takes its preset's value.
 
-def parse_args(argv=None):
-    """-> (args, Config). Exits with code 2 and one sentence when a value makes no sense."""
+def flags():
+    """-> the parser: a flag of the run a line, then one for every field of Config."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", choices=fsdm.PRESETS,
                    help="model shape and recipe to start from: demo, or reference when --hidden_size is given")
     p.add_argument("--dataset", help="glyphs (the default), cifar100, omniglot, mnist, celeba, a folder, an .npz")
     p.add_argument("--data_dir", default="data", help="where torchvision's files of a named data set lie")
     p.add_argument("--download", action="store_true", help="fetch a named data set when it is not in data_dir")
-    p.add_argument("--out_dir", default="runs/demo", help="checkpoint, log and pictures go here")
+    p.add_argument("--out_dir", help="checkpoint, log and pictures go here; runs/ and the preset's name if left out")
     p.add_argument("--resume", help="a checkpoint to go on from when out_dir has none")
     p.add_argument("--restart", action="store_true", help="begin anew; an old run in out_dir is moved aside")
     p.add_argument("--batch_size", type=int, help="sets a step, over all GPUs; each is sample_size images")
@@ -75,16 +76,16 @@ def parse_args(argv=None):
     p.add_argument("--cooldown_steps", type=int, help="steps before --max_steps over which it falls to 0 again")
     p.add_argument("--weight_decay", type=float, default=0.01, help="share of lr by which weights shrink a step")
     p.add_argument("--grad_clip", type=float, default=1.0, help="largest norm of the whole gradient")
-    p.add_argument("--kl_weight", type=float, default=1e-4, help="of a variational context's KL in the loss")
+    p.add_argument("--kl_weight", type=float, default=1e-6, help="of a variational context's KL in the loss")
     p.add_argument("--ema_decay", type=float, help="of the averaged weights, after their warm-up")
-    p.add_argument("--max_steps", type=int, help="0 prints the parameter table and stops")
+    p.add_argument("--max_steps", type=int, help="steps to train; 0 prints the parameter table and stops")
     p.add_argument("--max_hours", type=float, help="stop in time for the last save within so many hours of this run")
     p.add_argument("--log_interval", type=int, help="steps between log lines")
     p.add_argument("--save_interval", type=int, help="steps between checkpoints, validations and pictures")
     p.add_argument("--num_eval_batches", type=int, default=10, help="batches of unseen classes in a validation")
     p.add_argument("--num_sample_batches", type=int, default=2, help="batches of 4 support sets in a picture")
     p.add_argument("--compute_fid", type=parse_bool, nargs="?", const=True, default=False,
-                   help="score generated images of unseen classes at every save")
+                   help="score generated images of unseen classes every --save_interval steps")
     p.add_argument("--fid_num_samples", type=int, default=600, help="images to generate for that score")
     p.add_argument("--fid_weights", help="Inception weights file; torch's cache or a download if left out")
     p.add_argument("--fid_dims", type=int, choices=(64, 192, 768, 2048), default=2048, help="features that fid.py uses")
@@ -100,13 +101,19 @@ def parse_args(argv=None):
     for field in dataclasses.fields(Config):            # one flag per field of Config, its comment is the help
         kind = parse_bool if field.type is bool else field.type
         p.add_argument(f"--{field.name}", type=kind, help=comments[field.name])
+    return p
+
+
+def parse_args(argv=None):
+    """-> (args, Config). Exits with code 2 and one sentence when a value makes no sense."""
+    p = flags()
     args = p.parse_args(argv)
     if None not in (args.hdim, args.context_channels) and args.hdim != args.context_channels:
         p.error(f"--hdim {args.hdim} and --context_channels {args.context_channels} are two names of one width")
     args.hdim = args.context_channels if args.hdim is None else args.hdim
     # the documents' command lines name the whole model and no preset
     args.preset = args.preset or ("demo" if args.hidden_size is None else "reference")
-    for name, value in {"dataset": "glyphs", **RECIPES[args.preset]}.items():
+    for name, value in {"dataset": "glyphs", "out_dir": f"runs/{args.preset}", **RECIPES[args.preset]}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     shape = dict(fsdm.PRESETS[args.preset])
@@ -156,7 +163,7 @@ def connect(requested):
 
 
 def anyone(flag):
-    """True when the flag is set on any process: all leave the loop at the same step."""
+    """True when the flag is set on any process. Each waits here for all, so anyone(False) is a barrier."""
     if not dist.is_initialized():
         return flag
     votes = torch.tensor([float(flag)])                 # on the CPU: this does not wait for the GPU
@@ -288,7 +295,7 @@ def parameter_table(model):
 def validate(model, split, args, dtype):
     """Loss on unseen classes with fixed sets, times and noise, and the context gain: how much larger the loss is
     when each set is generated from the context of another set; in all, and for each fifth of the times (low t first).
-    -> dict of floats."""
+    -> dict of floats, and a list of five."""
     device, T, sets = split.images.device, model.config.diffusion_steps, max(2, args.batch_size)
     own, other, times = [], [], []                          # [B, K] of every batch
     for i in range(args.num_eval_batches):
@@ -300,7 +307,7 @@ def validate(model, split, args, dtype):
         times.append(t)
     loss, fifth = torch.stack(own), torch.stack(times) * 5 // T
     gain = torch.stack(other) - loss
-    by_noise = [round(gain[fifth == i].mean().item(), 5) for i in range(5)]
+    by_noise = [round((torch.where(fifth == i, gain, 0).sum() / (fifth == i).sum()).item(), 5) for i in range(5)]
     return {"val_loss": loss.mean().item(), "context_gain": gain.mean().item(), "context_gain_by_noise": by_noise}
 
 
@@ -361,7 +368,8 @@ def start_wandb(args):
 
 
 class Log:
-    """Prints, and appends every record to log.jsonl; a resumed run drops what lies beyond its checkpoint."""
+    """Prints, and appends every record to log.jsonl. Begins with the lines of the earlier log up to the step of the
+    checkpoint that the run goes on from."""
     def __init__(self, path, step, earlier, wandb):
         def belongs(line):                                  # a full disk leaves half a line
             try:
@@ -378,6 +386,7 @@ class Log:
             self.wandb.log(record, step=record["step"])
         try:
             with open(self.path, "a") as file:
+                record = json.loads(json.dumps(record), parse_constant=lambda name: None)   # JSON has no NaN
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             print(f"{self.path} lacks this line: {error.strerror}; training goes on", flush=True)
@@ -436,7 +445,7 @@ def move_aside(out):
         print(f"the run that was in {out} is now in {aside}")
 
 
-# ---- The run.
+# ---- The run: machine, data, a new model or its checkpoint; then the loop: step, log, save, look.
 
 def main(argv=None):
     started = time.time()
@@ -454,8 +463,8 @@ def main(argv=None):
     say = print if rank == 0 else lambda *_, **__: None
     dtype, reason = fsdm.choose_precision(device, args.precision)
     compiled, why = choose_compile(device, args.no_compile)
-    say(f"device {device}{f' and {world - 1} more' if world > 1 else ''}, {str(dtype)[6:]} ({reason}), "
-        f"{'compiled' if compiled else 'eager'} ({why})")
+    say(f"preset {args.preset}, device {device}{f' and {world - 1} more' if world > 1 else ''}, {str(dtype)[6:]} "
+        f"({reason}), {'compiled' if compiled else 'eager'} ({why})")
     if args.benchmark:
         return benchmark(config, args, device, dtype, compiled)
 
@@ -499,15 +508,15 @@ def main(argv=None):
     stop = []                                                               # a signal asks for the last save
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(1))
-    since, begun = (time.time(), step), step                                # images/s count from here
+    since, first = (time.time(), step), step                                # images/s count from here
     skipped = in_a_row = torch.zeros((), device=device)
     deadline = started + args.max_hours * 3600 if args.max_hours is not None else math.inf
-    saved_at, save_seconds, pictured = time.time(), 12.0, None              # the longest save, the last picture's step
+    saved_at, save_seconds, pictured = time.time(), 12.0, None              # the longest save (at first a guess) counts
     while step < args.max_steps and not anyone(bool(stop) or time.time() + 1.5 * save_seconds > deadline):
         bad = train_step(net, training, batches(step), args, dtype, step)
         step += 1
         skipped, in_a_row = skipped + bad, (in_a_row + 1) * bad
-        if step == begun + 1 and step % args.log_interval:
+        if step == first + 1 and step % args.log_interval:
             since = (time.time(), step)                                     # compiling is not training speed
         if step % args.log_interval == 0:
             value, kl, norm = torch.stack(training.history).nanmean(0).tolist()
@@ -544,7 +553,7 @@ def main(argv=None):
         dist.destroy_process_group()
     say(f"stopped at step {step:,} after {(time.time() - started) / 60:.1f} minutes; "
         f"the same command{' with a larger --max_steps' if step >= args.max_steps else ''} goes on, "
-        f"python sample.py --ckpt {ckpt} --support your images generates")
+        f"python sample.py --ckpt {ckpt} --support IMAGES generates")
 
 
 # ---- How fast: the same step on random images.
@@ -590,9 +599,10 @@ def benchmark(config, args, device, dtype, compiled):
         training.model, training, (draw(sets) for _ in range(args.accumulate)), args, dtype, 0))
     print(f"  {flops / 1e9:.2f} GFLOP an image, {speed * flops / 1e12:.3f} TFLOP/s: {speed * flops / rate:.0%} of this "
           f"machine's matrix products ({rate / 1e12:.2f} TFLOP/s in {str(dtype)[6:]})")
+    n = 8 if device.type == "cuda" else 1                                   # a CPU needs no more to be busy
     support, _ = sample.draw_support(split, 8, max(1, size - 1), args.seed, PICTURE)
-    report("sampling, 8 sets x 8 images, 2m_sde in 20 steps", 64,
-           lambda: sample.generate(training.ema, support, 8, dtype))
+    report(f"sampling, 8 sets x {n} images, 2m_sde in 20 steps", 8 * n,
+           lambda: sample.generate(training.ema, support, n, dtype))
 
 
 def peak_memory(device):

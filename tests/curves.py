@@ -1,8 +1,8 @@
 """Measures a trained model on classes it never saw: with 1, 2, 5 and 10 support images, and with every sampler.
 
-    python tests/curves.py runs/omniglot/ckpt.pt omniglot_28.npz weights.pth 1000
+    python tests/curves.py runs/omniglot/ckpt.pt omniglot_28.npz weights.pth 1000         # 1000 support: no samplers
 
-The last number: images for each row. A class gives 10 support images, of which each row uses the first K, and 5
+The number: images for each row. A class gives 10 support images, of which each row uses the first K, and 5
 references; 5 images are generated from each set, with the same seeds in all rows. Needs 15 images a class.
 """
 import sys
@@ -30,7 +30,13 @@ def draw(split, sets):
     return images[:, :10], images[:, 10:], classes
 
 
-def main(ckpt, dataset, weights, num=1000):
+def spread(x):
+    """Features [S * 5, D] -> the mean distance between two images of the same set."""
+    x = torch.from_numpy(x).unflatten(0, (-1, 5))                                   # [S, 5, D]
+    return torch.cdist(x, x).sum().item() / (len(x) * 20)
+
+
+def main(ckpt, dataset, weights, num=1000, only=None):
     model = fsdm.load_model(ckpt)
     split = fsdm.load_data(dataset, "data", model.config.image_size, model.config.in_channels)["test"]
     dtype, _ = fsdm.choose_precision(torch.device("cpu"))
@@ -47,13 +53,17 @@ def main(ckpt, dataset, weights, num=1000):
         print("| {} | {} | {:.5f} | {:.3f} | {:.3f} | {:.3f} | {:.3f} | {:.1f} |".format(
             name, K, fid.kid(real, x)[0], *fid.precision_recall(real, x), near.amin(2).mean().item(),
             sample.right_class(x, real, classes), len(x) / seconds), flush=True)
+        return x
 
     print(f"{len(real):,} images\n| | K | KID | precision | recall | nearest of 5 | right class | images/s |\n"
           "| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for K in (1, 2, 5, 10):
-        row("support", K)
-    for sampler, steps in SAMPLERS:
-        row(f"{sampler}, {steps} steps", 5, sampler=sampler, steps=steps)
+    variety = {"real": spread(real)} | {f"generated from {K}": spread(row("support", K)) for K in (1, 2, 5, 10)}
+    if hasattr(model, "posterior"):
+        variety["the context drawn"] = spread(row("support, the context drawn", 5, draw_context=True))
+    if only != "support":
+        for sampler, steps in SAMPLERS:
+            row(f"{sampler}, {steps} steps", 5, sampler=sampler, steps=steps)
+    print("distance between two images of a set: " + ", ".join(f"{name} {d:.3f}" for name, d in variety.items()))
 
 
 if __name__ == "__main__":

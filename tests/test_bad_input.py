@@ -13,6 +13,7 @@ import shlex
 import struct
 import sys
 import tempfile
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -107,6 +108,12 @@ ROWS = [
     (f"{FID} folder pickled.npz", "pickled.npz"),
     (f"{FID} folder float.npz", "uint8"),
     (f"{FID} folder stats.npz", "not float statistics"),
+    (f"{FID} folder words.npz", "not float statistics"),
+    (f"{FID} folder member.npz", "member.npz"),
+    (f"{FID} folder single.npz", "single.npz: 1 image(s)"),
+    (f"{FID} folder pipe.png", "pipe.png"),
+    (f"{FID} folder folder --weights pipe.png", "pipe.png"),
+    (f"{FID} folder --save_stats empty", "the name of a file"),
     (f"{FID} folder", "two sides"),
     (f"{FID} folder folder --save_stats out.npz", "two sides"),
     (f"{FID} images.npz --save_stats images.npz", "overwrite"),
@@ -172,6 +179,10 @@ def make_files(root):
     np.savez(root / "images.npz", images=grey, labels=np.arange(12) // 4)
     np.savez(root / "moments.npz", mu=np.zeros(64), sigma=np.eye(64))
     np.savez(root / "stats.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(root / "words.npz", mu=np.full(64, "a"), sigma=np.full((64, 64), "b"))
+    np.savez(root / "single.npz", images=grey[:1])
+    with zipfile.ZipFile(root / "member.npz", "w") as file:
+        file.writestr("images", "no array")
     (root / "truncated.npz").write_bytes((root / "images.npz").read_bytes()[:500])
     config = fsdm.Config(**SMALL)
     good = dict(config=dataclasses.asdict(config), ema=fsdm.FSDM(config).state_dict(), model={})

@@ -62,6 +62,11 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "URL", "http://127.0.0.1:9/" + os.path.basename(fid.URL))
 
 
+def scan(path, model, **options):
+    """One side, measured as the command line does."""
+    return fid.scan(fid.open_source(path, model.dims), model, **options)
+
+
 def cli(capsys, *argv):
     """Run main; return (exit code, stdout, stderr)."""
     code = 0
@@ -121,12 +126,10 @@ def test_one_image_is_refused_in_a_sentence():
         fid.statistics(np.ones((1, 8)))
 
 
-def test_statistics_that_are_not_finite_or_do_not_fit_are_refused():
+def test_statistics_that_are_not_finite_are_refused():
     mu, sigma = fid.statistics(gaussian_rows(9, 4, 0))
     with pytest.raises(fid.FIDError, match="not finite"):
         fid.frechet_distance(mu * np.nan, sigma, mu, sigma)
-    with pytest.raises(fid.FIDError, match="shapes"):
-        fid.frechet_distance(mu, sigma, mu[:3], sigma[:3, :3])
 
 
 def test_streamed_statistics_equal_numpy_even_far_from_zero():
@@ -239,7 +242,7 @@ def test_features_equal_those_of_torchvisions_own_blocks(calibrated, tmp_path):
     images = pictures(4, size=24, seed=1)
     x = 2 * F.interpolate(images.float() / 255, size=(299, 299), mode="bilinear", align_corners=False) - 1
     unfolded = fid.Inception(2048)
-    unfolded.load_state_dict(fid.read_state(tmp_path / "w.pth", 2048))
+    fid.load_weights(unfolded, tmp_path / "w.pth")
     folded = fid.load_inception(tmp_path / "w.pth")
     with torch.no_grad():
         theirs = net(x)
@@ -326,9 +329,11 @@ def test_missing_weights_are_one_sentence_and_exit_2(offline, tmp_path, capsys):
 def test_weights_in_torchs_hub_cache_are_found_and_checked(offline, tmp_path, small_weights, monkeypatch):
     cached = tmp_path / "hub" / "hub" / "checkpoints" / os.path.basename(fid.URL)
     cached.parent.mkdir(parents=True)
-    cached.write_bytes(open(small_weights, "rb").read())
-    with pytest.raises(fid.FIDError, match="damaged"):
-        fid.load_inception(dims=64)
+    good = open(small_weights, "rb").read()
+    for damaged in (b"", good):                                  # no download has this hash
+        cached.write_bytes(damaged)
+        with pytest.raises(fid.FIDError, match="damaged"):
+            fid.load_inception(dims=64)
     monkeypatch.setattr(fid, "HASH", fid.sha256(small_weights)[:8])
     assert fid.load_inception(dims=64).weights_file == cached.name
 
@@ -358,10 +363,9 @@ def test_hostile_pickles_are_refused_and_not_run(tmp_path, small):
         assert "\n" not in str(caught.value)
     np.savez(tmp_path / "images.npz", arr_0=np.array([Bomb(ran)], object))
     np.savez(tmp_path / "stats.npz", mu=np.array([Bomb(ran)], object), sigma=np.zeros((64, 64)))
-    with pytest.raises(fid.FIDError, match="uint8"):
-        fid.scan(tmp_path / "images.npz", small)
-    with pytest.raises(fid.FIDError, match="statistics"):
-        fid.read_statistics(tmp_path / "stats.npz", 64)
+    for name in ("images.npz", "stats.npz"):
+        with pytest.raises(fid.FIDError, match="allow_pickle"):
+            fid.open_source(tmp_path / name, 64)
     assert not os.path.exists(ran)
 
 
@@ -413,20 +417,20 @@ def test_a_folder_is_read_sorted_recursive_without_hidden_files_and_link_loops(t
     solid(tmp_path / ".hidden.png", "RGB", (1, 2, 3))
     write_pictures(tmp_path / ".git", 1)
     (tmp_path / "notes.txt").write_text("not an image")
-    os.symlink(tmp_path, tmp_path / "b" / "loop")
+    os.symlink(tmp_path, tmp_path / "b" / "loop")                # links to folders are not entered
     found = [os.path.relpath(f, tmp_path) for f in fid.list_images(str(tmp_path))]
     assert found == ["A.JPG", os.path.join("b", "deep", "0000.png"), os.path.join("b", "deep", "0001.png")]
 
 
-def test_unreadable_files_are_counted_and_named_and_more_than_one_percent_is_refused(tmp_path, small, monkeypatch):
+def test_unreadable_files_are_counted_and_named_and_more_than_one_percent_is_refused(tmp_path, small):
     folder = tmp_path / "a"
     write_pictures(folder, 100)
     (folder / "0050.png").write_bytes((folder / "0050.png").read_bytes()[:200])
-    side = fid.scan(folder, small)
+    side = scan(folder, small)
     assert side.n == 99 and len(side.kept) == 99 and len(side.unreadable) == 1 and "0050.png" in side.unreadable[0]
     (folder / "0051.png").write_bytes(b"")
     with pytest.raises(fid.FIDError, match="more than 1%.*0051.png"):
-        fid.scan(folder, small)
+        scan(folder, small)
 
 
 def test_pipes_bombs_and_float_pixels_are_unreadable_and_do_not_hang(tmp_path, monkeypatch):
@@ -437,7 +441,7 @@ def test_pipes_bombs_and_float_pixels_are_unreadable_and_do_not_hang(tmp_path, m
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe.png")
         names.append("pipe.png")
-    monkeypatch.setattr(fid, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)          # Pillow refuses twice as many
     start = time.time()
     assert all(isinstance(fid.read_image(str(tmp_path / name)), str) for name in names)
     assert time.time() - start < 5
@@ -448,7 +452,7 @@ def test_mixed_sizes_equal_one_by_one(tmp_path, small):
     for i, x in enumerate(images):
         Image.fromarray(x.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
     expected = np.concatenate([fid.features(x[None], small) for x in images])
-    np.testing.assert_allclose(fid.scan(tmp_path, small, batch_size=3).kept, expected, atol=1e-6)
+    np.testing.assert_allclose(scan(tmp_path, small, batch_size=3).kept, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -456,10 +460,10 @@ def test_mixed_sizes_equal_one_by_one(tmp_path, small):
 def test_npz_images_equal_the_same_tensor(tmp_path, small, save, name):
     images = pictures(7)
     save(tmp_path / "x.npz", **{name: images.permute(0, 2, 3, 1).contiguous().numpy(), "labels": np.arange(7)})
-    side = fid.scan(tmp_path / "x.npz", small, batch_size=4)
+    side = scan(tmp_path / "x.npz", small, batch_size=4)
     np.testing.assert_allclose(side.kept, fid.features(images, small), atol=1e-6)
     save(tmp_path / "grey.npz", **{name: images[:, 0].contiguous().numpy()})
-    grey = fid.scan(tmp_path / "grey.npz", small).kept
+    grey = scan(tmp_path / "grey.npz", small).kept
     np.testing.assert_allclose(grey, fid.features(images[:, :1], small), atol=1e-6)
 
 
@@ -472,7 +476,7 @@ def test_npz_images_equal_the_same_tensor(tmp_path, small, save, name):
 def test_an_npz_of_something_else_is_refused_in_a_sentence(tmp_path, small, arrays):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(fid.FIDError):
-        fid.scan(tmp_path / "x.npz", small)
+        scan(tmp_path / "x.npz", small)
 
 
 def test_damaged_npz_files_are_refused_in_a_sentence(tmp_path, small):
@@ -487,7 +491,7 @@ def test_damaged_npz_files_are_refused_in_a_sentence(tmp_path, small):
                    b"'shape': (900000000, 32, 32, 3), }".ljust(117) + b"\n" + b"abc")
     for name in ("cut.npz", "text.npz", "flip.npz", "lies.npz"):
         with pytest.raises(fid.FIDError):
-            fid.scan(tmp_path / name, small)
+            scan(tmp_path / name, small)
 
 
 def test_num_and_kept_features_are_spread_over_all_and_the_same_each_time(small, monkeypatch):

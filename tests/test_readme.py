@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
@@ -69,6 +71,23 @@ def test_the_parameters_in_the_readme_are_those_of_the_presets():
         with torch.device("meta"):
             model = fsdm.FSDM(fsdm.Config(**preset))
         assert f"{sum(p.numel() for p in model.parameters()):,}" == rows[name]
+
+
+def test_the_predicted_speed_of_a_t4_is_its_counted_arithmetic():
+    rows = re.findall(r"^\| `(\w+)` \| \d+ x \d \| ([\d.]+) \| *(\d*) *\|", TEXT, re.M)
+    assert {name for name, *_ in rows} == fsdm.PRESETS.keys()
+    for name, counted, predicted in rows:
+        config = fsdm.Config(**fsdm.PRESETS[name])
+        K, shape = config.sample_size, (config.in_channels, config.image_size, config.image_size)
+        with torch.device("meta"):
+            model = fsdm.FSDM(config).to("meta")
+            batch = (torch.zeros(1, K, *shape, dtype=torch.uint8), torch.ones(1, K, K, dtype=torch.bool),
+                     torch.zeros(1, K, dtype=torch.long), torch.zeros(1, K, *shape))
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(*batch)[0].mean().backward()
+        flops = counter.get_total_flops() / K
+        assert float(counted) == pytest.approx(flops / 1e9, rel=0.005)
+        assert predicted == "" or int(predicted) == round(0.3 * 65e12 / flops)
 
 
 def test_the_pictures_of_the_readme_are_drawn_from_unseen_classes(tmp_path):
