@@ -545,8 +545,9 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description="FID, KID, precision and recall between two sets of images.")
     p.add_argument("real", help="folder of images, .npz of images ('arr_0' or 'images', uint8 NHWC) or of statistics")
     p.add_argument("fake", nargs="?", help="the same, for the images to judge; left out with --save_stats")
-    p.add_argument("--dims", type=int, default=2048, choices=sorted(LAST_LAYER), help="features; 2048 is the standard")
-    p.add_argument("--weights", help="Inception weights; default: torch's hub cache, else a download")
+    p.add_argument("--dims", "--fid_dims", type=int, default=2048, choices=sorted(LAST_LAYER),
+                   help="features; 2048 is the standard")
+    p.add_argument("--weights", "--fid_weights", help="Inception weights; default: torch's hub cache, else a download")
     p.add_argument("--num", type=int, help="measure this many images a side, spread over all; default: all")
     p.add_argument("--batch_size", type=int, help="images at once (GPU 64, CPU 4); no score depends on it")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")

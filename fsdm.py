@@ -209,7 +209,8 @@ IMAGE_ENDINGS = tuple(ending for ending, name in Image.registered_extensions().i
 def read_picture(path, size, channels):
     """An image file -> uint8 [C, size, size]. Raises ValueError with a sentence when it cannot be read."""
     if not os.path.isfile(path):                                                # a pipe named .png would wait for ever
-        raise ValueError(f"{path}: there is no such file")
+        raise ValueError(f"{path} is a folder: pass its files" if os.path.isdir(path)
+                         else f"{path}: there is no such file")
     try:
         with Image.open(path, formats=FORMATS) as image:
             return to_picture(image, size, channels)
@@ -890,6 +891,8 @@ def load_model(path, device="cpu", weights="ema"):
 
     weights: "ema", the moving average, or "raw", the last step's. Executes nothing in the file (weights_only).
     Raises OSError when there is no file and ValueError when it is not one of ours."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: there is no such checkpoint; train.py leaves ckpt.pt in its --out_dir")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         config = Config(**saved["config"])

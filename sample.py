@@ -91,7 +91,7 @@ def draw_questions(split, K, num, seed, shared_pool=False):
                       for r in range(most)]
     if not questions:
         raise ValueError(f"no class of this split has {4 * K} images, which {K} support images, references and "
-                         "other real images need: lower --k")
+                         f"other real images need: lower --k (the largest class has {split.largest})")
     questions.sort(key=lambda question: question[0])                # one set of every class, then a second one, ...
     _, *columns = zip(*questions[:max(1, num // K)])
     return [torch.stack(column) for column in columns]
@@ -161,7 +161,7 @@ def parse_args(argv=None):
     p.add_argument("--download", action="store_true", help="fetch a named data set when it is not in data_dir")
     p.add_argument("--sets", type=int, default=8, help="support sets to take from the data set")
     p.add_argument("--k", type=int, help="support images a set; one less than the model's sample_size if left out")
-    p.add_argument("--num", type=int, help="images to generate for each set (8); with --evaluate in all (2000)")
+    p.add_argument("--num", type=int, help="images for each support set (8); with --evaluate in all (2000)")
     p.add_argument("--sampler", choices=fsdm.SAMPLERS, default="2m_sde", help="2m_sde in 20 steps is like ddpm in 250")
     p.add_argument("--steps", type=int, default=20, help="evaluations of the network per image")
     p.add_argument("--eta", type=float, help="noise of ddim: 0 none, 1 as much as ddpm")
@@ -222,6 +222,8 @@ def main(argv=None):
     flat = samples.flatten(0, 1).permute(0, 2, 3, 1).numpy()            # [S * num, H, W, C]
     for i, image in enumerate(flat):
         write_whole(out / "images" / f"{i:05d}.png", lambda file: Image.fromarray(image.squeeze()).save(file, "png"))
+    for old in sorted((out / "images").glob("[0-9]" * 5 + ".png"))[len(flat):]:
+        old.unlink()                                                # of an earlier run that made more
     write_whole(out / "samples.npz", lambda file: np.savez(file, arr_0=flat, **labels))
     write_whole(out / "grid.png", lambda file: grid(support, samples).save(file, "png"))
     print(f"{out / 'grid.png'} (support | samples), {len(flat)} images in {out / 'images'}, all in samples.npz")

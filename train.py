@@ -16,6 +16,7 @@ import copy
 import dataclasses
 import inspect
 import json
+import logging
 import math
 import os
 import re
@@ -187,6 +188,7 @@ def choose_compile(device, no_compile):
 def compile_in_place(model, dtype):
     """Compiles model(...) as one graph; the weights keep their plain names. The first step then takes a while."""
     torch.compiler.config.cache_key_tag = str(dtype)    # torch 2.10's cache overlooks the autocast dtype
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)      # it misses CUDA on a CPU
     model.compile(fullgraph=True, dynamic=False)
 
 
@@ -217,8 +219,8 @@ def make_optimizers(model, name, lr, weight_decay, device):
 
 class Training(NamedTuple):
     """What a checkpoint holds, beside its Config and the step."""
-    model: FSDM
-    ema: FSDM
+    model: torch.nn.Module
+    ema: torch.nn.Module                        # the moving average of its weights
     optimizers: list
     scaler: torch.amp.GradScaler
     history: list                               # [loss, KL, gradient norm] of each step since the last log line
@@ -486,6 +488,8 @@ def main(argv=None):
     if source.exists() or args.resume:
         step = load_training(source, args, config, training)
         say(f"going on from {source} at step {step:,}")
+    if step >= args.max_steps:
+        return say(f"that is --max_steps {args.max_steps:,} already: pass a larger one to train on")
     inception = load_inception(args, device) if args.compute_fid and rank == 0 else None
     wandb = start_wandb(args) if args.use_wandb and rank == 0 else None
     model, log = training.model, say
@@ -493,7 +497,7 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
         log = Log(out / "log.jsonl", step, source.with_name("log.jsonl"), wandb)
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.batch_size} sets of {config.sample_size} "
-        f"images a step{'; the first step compiles, which takes a minute or more' if compiled else ''}",
+        f"images a step{'; the first step compiles, a silent minute or two' if compiled else ''}",
         step=step, args=vars(args), config=dataclasses.asdict(config), device=str(device), processes=world,
         dtype=str(dtype), compiled=compiled, torch=torch.__version__)
     if compiled:
@@ -517,6 +521,8 @@ def main(argv=None):
         step += 1
         skipped, in_a_row = skipped + bad, (in_a_row + 1) * bad
         if step == first + 1 and step % args.log_interval:
+            say(f"the first step took {time.time() - since[0]:.0f} s; a line comes every {args.log_interval} steps",
+                flush=True)
             since = (time.time(), step)                                     # compiling is not training speed
         if step % args.log_interval == 0:
             value, kl, norm = torch.stack(training.history).nanmean(0).tolist()

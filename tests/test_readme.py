@@ -1,5 +1,6 @@
 """What README says can be done: its commands, its parts to lift out, its pictures."""
 import dataclasses
+import functools
 import re
 import shlex
 import sys
@@ -20,6 +21,7 @@ import fsdm
 import pictures
 import sample
 import train
+from test_bad_input import call
 
 TEXT = (HERE / "README.md").read_text()
 COMMANDS = [line.strip() for block in re.findall(r"^```\w*\n(.*?)^```", TEXT, re.M | re.S)
@@ -36,6 +38,7 @@ def rooms(path):
 def test_a_part_can_be_lifted_out_as_the_readme_says(block):
     file, names = re.match(r"# (\w+\.py): (.+)", block).groups()
     head, found = rooms(HERE / file)
+    head = re.sub(r"^(import|from) (fid|fsdm|sample)\b.*\n", "", head, flags=re.M)          # nothing of ours
     scope = {"__name__": "lifted"}
     exec(head + "".join(found[name] for name in names.split(", ")), scope)
     exec(block, scope)
@@ -57,6 +60,45 @@ def test_a_command_of_the_readme_parses(command):
             name = f"{program.__name__}.py"
             if name in words:
                 program.parse_args(words[words.index(name) + 1:])
+
+
+TINY = """--depth 1 --encoder_depth 1 --hidden_size 24 --hdim 24 --num_heads 3 --batch_size 2 --max_steps 2
+    --warmup_steps 0 --num_eval_batches 1 --num_sample_batches 1 --no_compile --device cpu"""
+ADDED = {"train": TINY, "sample": "--steps 2 --device cpu", "fid": "--dims 64 --weights weights.pth --device cpu"}
+
+
+def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path, monkeypatch):
+    """As they are written, on small data under the names that they use, with flags added that make models small."""
+    monkeypatch.chdir(tmp_path)
+    small = functools.partial(fsdm.glyphs, classes=(5, 3, 3))
+    monkeypatch.setattr(fsdm, "DATASETS", dict.fromkeys(("glyphs", "omniglot", "cifar100"), small))
+    images, labels, names, _ = fsdm.glyphs(None, 8, 3, False, classes=(50, 0, 0))
+    images = images.transpose(0, 2, 3, 1)                                           # [1000, 8, 8, 3], 20 of a class
+    np.savez("omniglot_28.npz", images=images[:280, ..., 0], labels=labels[:280],
+             class_is_evaluation=[0] * 10 + [1] * 4)
+    fc100 = fsdm.FC100_TEST + fsdm.FC100_VAL + names[40:]
+    np.savez("cifar100_x100.npz", images=images, labels=labels, class_names=fc100)
+    np.savez("cifar100_fc100_test.npz", images=images[:400], labels=labels[:400], class_names=fc100[:20])
+    torch.save(fid.Inception(64).state_dict(), "weights.pth")
+    for i, path in enumerate(["a.png", "b.jpg", "c.png"] + [
+            f"{folder}/{c}/{i}.png" for folder in ("my_photos", "kaggle/input/my-images", "folder_of_real_images",
+                                                   "folder_of_generated_images") for c in range(4) for i in range(6)]):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[i]).save(path)
+    ran = []
+    for command in COMMANDS:
+        words = shlex.split(command.split("&&")[-1].split("#")[0].replace("/kaggle/", "kaggle/"))
+        program = next((name for name in ADDED if any(word.endswith(f"{name}.py") for word in words)), None)
+        if program is None:
+            continue
+        at = next(i for i, word in enumerate(words) if word.endswith(f"{program}.py"))
+        flags = words[at + 1:] + ADDED[program].split()
+        flags += ["--preset", "demo"] if program == "train" and "--preset" not in flags else []
+        flags += "--num 10 --fid_dims 64 --fid_weights weights.pth".split() if "--evaluate" in flags else []
+        code, said = call(shlex.join([f"{program}.py", *flags]))
+        assert code == 0, f"{command}: {said}"
+        ran.append(program)
+    assert ran.count("train") >= 8 and ran.count("sample") >= 6 and ran.count("fid") >= 1
 
 
 def test_every_file_that_the_readme_shows_is_here():
