@@ -422,15 +422,19 @@ def scan(images, model, num=None, batch_size=None, progress=None):
         source = read_files([images[i] for i in chosen], unreadable)
     keep = choose(n, KEEP)
     kept = np.empty((len(keep), model.dims), np.float32)                 # small arrays would lie between the network's
+
+    def tell(end):
+        print(f"\r{progress}: {moments.n} of {n} images, {moments.n / (time.time() - start):.1f} a second ",
+              end=end, file=sys.stderr, flush=True)
+
     for x in batches(source, model, batch_size):
         here = np.flatnonzero((keep >= moments.n) & (keep < moments.n + len(x)))
         kept[here] = x[keep[here] - moments.n]
         moments.update(x)
-        if progress:
-            print(f"\r{progress}: {moments.n} of {n} images, {moments.n / (time.time() - start):.1f} a second ",
-                  end="", file=sys.stderr, flush=True)
+        if progress and sys.stderr.isatty():
+            tell("")
     if progress:
-        print(file=sys.stderr)
+        tell("\n")
     return Side(moments.n, *moments.result(), kept[keep < moments.n], unreadable, model.weights_sha256)
 
 
@@ -572,6 +576,7 @@ def main(argv=None):
         reason = "out of memory: lower --batch_size" if isinstance(error, torch.OutOfMemoryError) else error
         print(f"fid.py: {reason}", file=sys.stderr)
         sys.exit(2)
+    print("  ".join(f"{name} {value:.5g}" for name, value in result.items() if isinstance(value, float)))
     for note in result["notes"]:
         print(f"note: {note}")
     print(json.dumps(result))

@@ -489,7 +489,7 @@ def main(argv=None):
         step = load_training(source, args, config, training)
         say(f"going on from {source} at step {step:,}")
     if step >= args.max_steps:
-        return say(f"that is --max_steps {args.max_steps:,} already: pass a larger one to train on")
+        return say(f"that is --max_steps {args.max_steps:,} already: pass a larger one (and --max_hours) to go on")
     inception = load_inception(args, device) if args.compute_fid and rank == 0 else None
     wandb = start_wandb(args) if args.use_wandb and rank == 0 else None
     model, log = training.model, say

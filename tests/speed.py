@@ -51,7 +51,8 @@ def main(argv):
             if not p.any():                                                         # else both would be zero
                 r.copy_(q.copy_(p.normal_(std=0.05)))
         assert torch.allclose(usual_loss(usual, *batch), ours.model(*batch)[0].mean(), rtol=1e-4)
-    train.compile_in_place(ours.model, dtype)
+    if not args.no_compile:
+        train.compile_in_place(ours.model, dtype)
 
     def usual_step():
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

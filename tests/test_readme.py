@@ -20,6 +20,7 @@ import fid
 import fsdm
 import pictures
 import sample
+import speed
 import train
 from test_bad_input import call
 
@@ -99,6 +100,11 @@ def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path, monkeypatc
         assert code == 0, f"{command}: {said}"
         ran.append(program)
     assert ran.count("train") >= 8 and ran.count("sample") >= 6 and ran.count("fid") >= 1
+
+
+def test_the_usual_way_of_the_speed_comparison_computes_the_same_loss(capsys):
+    speed.main(["--preset", "demo", *TINY.split()])                                 # asserts it
+    assert re.search(r"ours [\d.]+, [\d.]+ times", capsys.readouterr().out)
 
 
 def test_every_file_that_the_readme_shows_is_here():
