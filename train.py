@@ -521,8 +521,7 @@ def main(argv=None):
         step += 1
         skipped, in_a_row = skipped + bad, (in_a_row + 1) * bad
         if step == first + 1 and step % args.log_interval:
-            say(f"the first step took {time.time() - since[0]:.0f} s; a line comes every {args.log_interval} steps",
-                flush=True)
+            say(f"the first step took {time.time() - since[0]:.0f} s", flush=True)
             since = (time.time(), step)                                     # compiling is not training speed
         if step % args.log_interval == 0:
             value, kl, norm = torch.stack(training.history).nanmean(0).tolist()
