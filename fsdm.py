@@ -11,8 +11,8 @@ This file is the whole method and has no side effects when imported:
 config -> data -> transformer parts -> set encoders -> denoiser -> diffusion -> model -> samplers -> checkpoint reader.
 
 Letters inside formulas: B sets, K images in a set, n targets per set, G groups of context tokens, M all these tokens
-(in Data: images in all), C, H, W a picture, N tokens of one picture, p pixels a side of a token, D width, d
-width of a head, T diffusion steps, t a time, a = alpha_bar_t, x0 a clean picture in [-1, 1], x_t a noisy one.
+(in Data: images in all), C, H, W a picture, N tokens of one picture, p pixels a side of a token, D width, d width of a
+head, T diffusion steps, t a time, a = alpha_bar_t, x0 a clean picture in [-1, 1], x_t a noisy one.
 """
 import dataclasses
 import hashlib

@@ -188,7 +188,7 @@ def choose_compile(device, no_compile):
 def compile_in_place(model, dtype):
     """Compiles model(...) as one graph; the weights keep their plain names. The first step then takes a while."""
     torch.compiler.config.cache_key_tag = str(dtype)    # torch 2.10's cache overlooks the autocast dtype
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)      # it misses CUDA on a CPU
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)      # on a CPU it warns of a missing GPU
     model.compile(fullgraph=True, dynamic=False)
 
 
@@ -553,9 +553,7 @@ def main(argv=None):
     if rank == 0 and pictured != step:
         write_checkpoint(ckpt, step, training, args)
         look(args, step, training.ema, data["val"], dtype, inception, log)
-    if world > 1:
-        anyone(False)                                                       # nobody leaves before the last save
-        dist.destroy_process_group()
+    anyone(False)                                                           # nobody leaves before the last save
     say(f"stopped at step {step:,} after {(time.time() - started) / 60:.1f} minutes; "
         f"the same command{' with a larger --max_steps' if step >= args.max_steps else ''} goes on, "
         f"python sample.py --ckpt {ckpt} --support IMAGES generates")
@@ -629,3 +627,5 @@ if __name__ == "__main__":
             error = "out of memory: lower --batch_size, --hidden_size or --image_size; the last checkpoint is whole"
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -87,6 +87,7 @@ ROWS = [
     (f"{SAMPLE} --support cut.jpg", "cut.jpg"),
     (f"{SAMPLE} --support bomb.png", "bomb.png"),
     (f"{SAMPLE} --support pipe.png", "pipe.png"),
+    (f"{SAMPLE} --support folder", "folder is a folder"),
     (f"{SAMPLE} --support empty", "empty"),
     (f"{SAMPLE} --support a.png --dataset glyphs", "either --support"),
     (SAMPLE, "either --support"),

@@ -63,6 +63,10 @@ def test_sets_of_a_data_set_carry_their_labels(ckpt, tmp_path):
     saved = np.load(tmp_path / "samples.npz", allow_pickle=False)
     assert saved["arr_0"].shape == (6, 8, 8, 3) and len(saved["labels"]) == 6
     assert saved["labels"][0] == saved["labels"][1] != saved["labels"][2]
+    assert len(list((tmp_path / "images").iterdir())) == 6
+    sample.main(["--ckpt", ckpt, "--dataset", "glyphs", "--sets", "1", "--num", "2", "--steps", "2",
+                 "--out_dir", str(tmp_path)])
+    assert [path.name for path in sorted((tmp_path / "images").iterdir())] == ["00000.png", "00001.png"]
 
 
 def test_the_grid_shows_the_support_left_of_the_bar():

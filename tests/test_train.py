@@ -2,6 +2,7 @@
 import copy
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -61,6 +62,16 @@ def test_a_run_leaves_what_it_says(glyph_file, tmp_path, capsys):
     picture = Image.open(tmp_path / "samples_0000004.png")
     assert picture.size == ((3 + 8) * (8 * 2 + 2) + 8, 8 * (8 * 2 + 2))     # 3 support images | 8 samples, 8 sets
     assert fsdm.load_model(tmp_path / "ckpt.pt").config.hidden_size == 32
+    before = (tmp_path / "ckpt.pt").stat().st_mtime_ns
+    run(glyph_file, tmp_path, "--max_steps", "4")
+    assert "4 already" in capsys.readouterr().out and (tmp_path / "ckpt.pt").stat().st_mtime_ns == before
+
+
+def test_the_log_is_json_whatever_the_numbers_are(tmp_path):
+    train.Log(tmp_path / "log.jsonl", 0, tmp_path / "none", None)("", step=1, loss=math.nan, few=[math.inf, 2.0])
+    refuse = lambda name: pytest.fail(f"{name} is no JSON")
+    record = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=refuse)
+    assert record == dict(step=1, loss=None, few=[None, 2.0])
 
 
 def test_a_folder_of_grey_64_pixel_classes_trains_and_samples(tmp_path):
