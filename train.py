@@ -50,7 +50,7 @@ RECIPES = {
     "wide": DOCUMENTED,
     "mnist": dict(DOCUMENTED, dataset="mnist", batch_size=128, lr=2e-4, save_interval=2000),
     # AdamW: Muon's own products are in bf16, which a T4 has to emulate
-    "t4": dict(DOCUMENTED, batch_size=16, lr=5e-4, warmup_steps=1000, save_interval=5000),
+    "t4": dict(DOCUMENTED, batch_size=16, lr=5e-4, warmup_steps=1000, cooldown_steps=10_000, save_interval=5000),
 }
 PATIENCE = 50                                           # gradients in a row that may be not finite
 SAVE_SECONDS = 300                                      # at most so long between two checkpoints
@@ -74,12 +74,12 @@ def flags():
     p.add_argument("--optimizer", choices=("muon", "adamw"), help="muon: for the blocks' matrices, AdamW for the rest")
     p.add_argument("--lr", type=float, help="peak learning rate")
     p.add_argument("--warmup_steps", type=int, help="steps over which the learning rate rises from 0")
-    p.add_argument("--cooldown_steps", type=int, help="steps before --max_steps over which it falls to 0 again")
+    p.add_argument("--cooldown_steps", type=int, help="last steps (at most half) over which it falls to 0 again")
     p.add_argument("--weight_decay", type=float, default=0.01, help="share of lr by which weights shrink a step")
     p.add_argument("--grad_clip", type=float, default=1.0, help="largest norm of the whole gradient")
     p.add_argument("--kl_weight", type=float, default=1e-6, help="of a variational context's KL in the loss")
     p.add_argument("--ema_decay", type=float, help="of the averaged weights, after their warm-up")
-    p.add_argument("--max_steps", type=int, help="steps to train; 0 prints the parameter table and stops")
+    p.add_argument("--max_steps", type=int, help="steps to train, no limit with --max_hours alone; 0 prints the table")
     p.add_argument("--max_hours", type=float, help="stop in time for the last save within so many hours of this run")
     p.add_argument("--log_interval", type=int, help="steps between log lines")
     p.add_argument("--save_interval", type=int, help="steps between checkpoints, validations and pictures")
@@ -114,6 +114,8 @@ def parse_args(argv=None):
     args.hdim = args.context_channels if args.hdim is None else args.hdim
     # the documents' command lines name the whole model and no preset
     args.preset = args.preset or ("demo" if args.hidden_size is None else "reference")
+    if args.max_steps is None and args.max_hours is not None:
+        args.max_steps = sys.maxsize                    # the hours decide, not the preset's steps
     for name, value in {"dataset": "glyphs", "out_dir": f"runs/{args.preset}", **RECIPES[args.preset]}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -163,13 +165,18 @@ def connect(requested):
     return device, rank, world
 
 
+def least(number):
+    """-> the smallest of the numbers of all processes. Each waits here for all."""
+    if not dist.is_initialized():
+        return number
+    numbers = torch.tensor(number, dtype=torch.float64)     # on the CPU: this does not wait for the GPU
+    dist.all_reduce(numbers, dist.ReduceOp.MIN)
+    return numbers.item()
+
+
 def anyone(flag):
     """True when the flag is set on any process. Each waits here for all, so anyone(False) is a barrier."""
-    if not dist.is_initialized():
-        return flag
-    votes = torch.tensor([float(flag)])                 # on the CPU: this does not wait for the GPU
-    dist.all_reduce(votes)
-    return votes.item() > 0
+    return least(not flag) == 0
 
 
 def choose_compile(device, no_compile):
@@ -244,7 +251,8 @@ def train_step(net, training, batches, args, dtype, step):
 
     -> bool tensor on the device: whether the step was skipped."""
     model, ema, optimizers, scaler, history = training
-    lr = args.lr * min(1, (step + 1) / max(1, args.warmup_steps), (args.max_steps - step) / max(1, args.cooldown_steps))
+    cooldown = min(args.cooldown_steps, args.max_steps // 2)
+    lr = args.lr * min(1, (step + 1) / max(1, args.warmup_steps), (args.max_steps - step) / max(1, cooldown))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -516,7 +524,9 @@ def main(argv=None):
     skipped = in_a_row = torch.zeros((), device=device)
     deadline = started + args.max_hours * 3600 if args.max_hours is not None else math.inf
     saved_at, save_seconds, pictured = time.time(), 12.0, None              # the longest save (at first a guess) counts
-    while step < args.max_steps and not anyone(bool(stop) or time.time() + 1.5 * save_seconds > deadline):
+    seconds_left = lambda: deadline - 1.5 * save_seconds - time.time()
+    asked = args.max_steps
+    while step < args.max_steps and not anyone(bool(stop) or seconds_left() < 0):
         bad = train_step(net, training, batches(step), args, dtype, step)
         step += 1
         skipped, in_a_row = skipped + bad, (in_a_row + 1) * bad
@@ -531,7 +541,8 @@ def main(argv=None):
                                  f"train with --precision fp32; {ckpt} is as it was")
             pace = (step - since[1]) / (time.time() - since[0])
             rate = pace * args.batch_size * config.sample_size
-            left = min(deadline - time.time(), (args.max_steps - step) / pace)
+            args.max_steps = int(min(asked, least(step + pace * seconds_left())))       # the learning rate ends in time
+            left = (args.max_steps - step) / pace
             log(f"step {step:>7,}  loss {value:.4f}{f'  KL {kl:.2f}' if kl else ''}  {rate:,.0f} images/s"
                 f"  {left / 60:,.0f} min left{f'  {lost} steps skipped: not finite' if lost else ''}",
                 step=step, loss=value, kl=kl, grad_norm=norm, skipped=lost, images_per_second=rate,
@@ -555,7 +566,7 @@ def main(argv=None):
         look(args, step, training.ema, data["val"], dtype, inception, log)
     anyone(False)                                                           # nobody leaves before the last save
     say(f"stopped at step {step:,} after {(time.time() - started) / 60:.1f} minutes; "
-        f"the same command{' with a larger --max_steps' if step >= args.max_steps else ''} goes on, "
+        f"the same command{' with a larger --max_steps' if step >= asked else ''} goes on, "
         f"python sample.py --ckpt {ckpt} --support IMAGES generates")
 
 

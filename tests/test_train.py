@@ -86,8 +86,21 @@ def test_a_folder_of_grey_64_pixel_classes_trains_and_samples(tmp_path):
     assert np.load(tmp_path / "samples" / "samples.npz")["arr_0"].shape == (16, 64, 64, 1)
 
 
-def test_max_hours_ends_with_a_checkpoint(glyph_file, tmp_path):
-    assert run(glyph_file, tmp_path, "--max_hours", "0.006")["step"] < 300_000
+def test_max_hours_ends_with_a_checkpoint_and_a_low_learning_rate(glyph_file, tmp_path):
+    saved = run(glyph_file, tmp_path, "--max_hours", "0.006", "--cooldown_steps", "40", "--save_interval", "300000")
+    assert 10 < saved["step"] < 300_000
+    assert all(group["lr"] < 0.3 * 3e-3 for state in saved["optimizers"] for group in state["param_groups"])
+
+
+def test_a_cooldown_takes_half_of_a_short_run(glyph_file, tmp_path):
+    saved = run(glyph_file, tmp_path, "--max_steps", "4", "--warmup_steps", "0", "--cooldown_steps", "1000")
+    assert saved["optimizers"][0]["param_groups"][0]["lr"] == 3e-3 / 2      # of the last step: 1, 1, 1, 1 / 2
+
+
+def test_max_hours_alone_sets_no_end_in_steps():
+    steps = lambda *flags: train.parse_args(flags)[0].max_steps
+    assert steps() == steps("--max_hours", "1", "--max_steps", "2400") == 2400
+    assert steps("--max_hours", "1") > 10 ** 12
 
 
 def test_a_few_hundred_steps_on_two_classes_lower_the_loss():
