@@ -520,28 +520,28 @@ def main(argv=None):
     stop = []                                                               # a signal asks for the last save
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(1))
-    since, first = (time.time(), step), step                                # images/s count from here
+    first, asked = step, args.max_steps
+    origin = since = (time.time(), step)                                    # pace and images/s count from here
     skipped = in_a_row = torch.zeros((), device=device)
     deadline = started + args.max_hours * 3600 if args.max_hours is not None else math.inf
     saved_at, save_seconds, pictured = time.time(), 12.0, None              # the longest save (at first a guess) counts
     seconds_left = lambda: deadline - 1.5 * save_seconds - time.time()
-    asked = args.max_steps
     while step < args.max_steps and not anyone(bool(stop) or seconds_left() < 0):
         bad = train_step(net, training, batches(step), args, dtype, step)
         step += 1
         skipped, in_a_row = skipped + bad, (in_a_row + 1) * bad
         if step == first + 1 and step % args.log_interval:
             say(f"the first step took {time.time() - since[0]:.0f} s", flush=True)
-            since = (time.time(), step)                                     # compiling is not training speed
+            origin = since = (time.time(), step)                            # compiling is not training speed
         if step % args.log_interval == 0:
             value, kl, norm = torch.stack(training.history).nanmean(0).tolist()
             lost, streak = int(skipped), int(in_a_row)
             if streak >= PATIENCE:
                 raise ValueError(f"the last {streak} gradients were not finite (step {step}): lower --lr, or "
                                  f"train with --precision fp32; {ckpt} is as it was")
-            pace = (step - since[1]) / (time.time() - since[0])
-            rate = pace * args.batch_size * config.sample_size
-            args.max_steps = int(min(asked, least(step + pace * seconds_left())))       # the learning rate ends in time
+            rate = (step - since[1]) / (time.time() - since[0]) * args.batch_size * config.sample_size
+            pace = (step - origin[1]) / (time.time() - origin[0])           # of the whole run: no slow moment ends it
+            args.max_steps = int(min(asked, least(step + pace * seconds_left())))       # so that lr falls in time
             left = (args.max_steps - step) / pace
             log(f"step {step:>7,}  loss {value:.4f}{f'  KL {kl:.2f}' if kl else ''}  {rate:,.0f} images/s"
                 f"  {left / 60:,.0f} min left{f'  {lost} steps skipped: not finite' if lost else ''}",
