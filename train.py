@@ -525,8 +525,8 @@ def main(argv=None):
     skipped = in_a_row = torch.zeros((), device=device)
     deadline = started + args.max_hours * 3600 if args.max_hours is not None else math.inf
     saved_at, save_seconds, pictured = time.time(), 12.0, None              # the longest save (at first a guess) counts
-    seconds_left = lambda: deadline - 1.5 * save_seconds - time.time()
-    while step < args.max_steps and not anyone(bool(stop) or seconds_left() < 0):
+    seconds_left = lambda: max(0, deadline - 1.5 * save_seconds - time.time())
+    while step < args.max_steps and not anyone(bool(stop) or seconds_left() == 0):
         bad = train_step(net, training, batches(step), args, dtype, step)
         step += 1
         skipped, in_a_row = skipped + bad, (in_a_row + 1) * bad
