@@ -38,7 +38,8 @@ def spread(x):
 
 def main(ckpt, dataset, weights, num=1000, only=None):
     model = fsdm.load_model(ckpt)
-    split = fsdm.load_data(dataset, "data", model.config.image_size, model.config.in_channels)["test"]
+    config = model.config
+    split = fsdm.load_data(dataset, "data", config.image_size, config.in_channels, parts=["test"])["test"]
     dtype, _ = fsdm.choose_precision(torch.device("cpu"))
     support, reference, classes = draw(split, int(num) // 5)
     inception = fid.load_inception(weights, 768)
@@ -47,7 +48,7 @@ def main(ckpt, dataset, weights, num=1000, only=None):
 
     def row(name, K, **options):
         began = time.time()
-        images = sample.generate(model, split.images[support[:, :K]], 5, dtype, **options)
+        images = fsdm.generate(model, split.images[support[:, :K]], 5, dtype=dtype, guidance=1.0, **options)
         seconds, x = time.time() - began, look(images)
         near = torch.cdist(torch.from_numpy(x).unflatten(0, (-1, 5)), torch.from_numpy(shown).unflatten(0, (-1, 5)))
         print("| {} | {} | {:.5f} | {:.3f} | {:.3f} | {:.3f} | {:.3f} | {:.1f} |".format(
@@ -58,7 +59,7 @@ def main(ckpt, dataset, weights, num=1000, only=None):
     print(f"{len(real):,} images\n| | K | KID | precision | recall | nearest of 5 | right class | images/s |\n"
           "| --- | --- | --- | --- | --- | --- | --- | --- |")
     variety = {"real": spread(real)} | {f"generated from {K}": spread(row("support", K)) for K in (1, 2, 5, 10)}
-    if hasattr(model, "posterior"):
+    if model.posterior is not None:
         variety["the context drawn"] = spread(row("support, the context drawn", 5, draw_context=True))
     if only != "support":
         for sampler, steps in SAMPLERS:

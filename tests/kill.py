@@ -21,7 +21,7 @@ import train
 
 FLAGS = """--preset demo --dataset glyphs --image_size 8 --patch_size 4 --encoder_patch_size 4 --hidden_size 64
     --hdim 64 --depth 2 --num_heads 2 --encoder_depth 1 --sample_size 3 --batch_size 2 --num_eval_batches 1
-    --num_sample_batches 1 --precision fp32 --device cpu --no_compile --cooldown_steps 0 --log_interval 3
+    --num_sample_batches 1 --precision fp32 --device cpu --no_compile --cooldown 0 --log_interval 3
     --save_interval 2""".split()
 
 

@@ -1,4 +1,4 @@
-"""Draws README's pictures from a trained model, on classes it never saw, support on the left:
+"""Draws the pictures of RESULTS.md from a trained model, on classes it never saw, support on the left:
 
     python tests/pictures.py runs/omniglot/ckpt.pt omniglot_28.npz assets
 
@@ -19,7 +19,7 @@ SETS, N, STREAM = 4, 10, 8                  # rows of classes, images a row, and
 
 def growing_support(model, pictures):
     """uint8 [S, 10, C, H, W] -> the picture, four rows a class."""
-    rows = [(sample.generate(model, pictures[:, :K], N, guidance=2.0),
+    rows = [(fsdm.generate(model, pictures[:, :K], N, guidance=2.0),
              torch.cat([pictures[:, :K], torch.full_like(pictures[:, K:], 255)], 1)) for K in (1, 2, 5, 10)]
     samples, support = (torch.stack(part, 1).flatten(0, 1) for part in zip(*rows))          # [4 S, 10, C, H, W]
     return sample.grid(support, samples)
@@ -29,7 +29,7 @@ def denoising(model, pictures):
     """uint8 [S, K, C, H, W] -> the picture, a row a class, columns evenly from the first evaluation to the last."""
     seen, denoise = [], model.denoise
     model.denoise = lambda *args: seen.append(denoise(*args)) or seen[-1]
-    fsdm.sample(model, pictures, 1, guidance=2.0)
+    fsdm.generate(model, pictures, 1, guidance=2.0)
     model.denoise = denoise
     kept = torch.linspace(0, len(seen) - 1, N).round().long()
     return sample.grid(pictures, fsdm.to_bytes(torch.cat([seen[i] for i in kept], 1)))
@@ -37,7 +37,7 @@ def denoising(model, pictures):
 
 def nearest_support(model, pictures):
     """uint8 [S, K, C, H, W] -> the picture, two rows a class: samples over the support images nearest to them."""
-    samples = sample.generate(model, pictures, N, guidance=2.0)
+    samples = fsdm.generate(model, pictures, N, guidance=2.0)
     nearest = torch.cdist(samples.flatten(2).float(), pictures.flatten(2).float()).argmin(2)            # [S, N]
     below = pictures[torch.arange(len(pictures))[:, None], nearest]
     support = torch.stack([pictures, torch.full_like(pictures, 255)], 1).flatten(0, 1)
@@ -46,11 +46,12 @@ def nearest_support(model, pictures):
 
 def main(ckpt, dataset, out):
     model = fsdm.load_model(ckpt)
-    split = fsdm.load_data(dataset, "data", model.config.image_size, model.config.in_channels)["test"]
-    pictures, _ = sample.draw_support(split, SETS, 10, 0, STREAM)
+    config = model.config
+    split = fsdm.load_data(dataset, "data", config.image_size, config.in_channels, parts=["test"])["test"]
+    pictures, _ = fsdm.draw_support(split, SETS, 10, 0, STREAM)
     for name, picture in (("support", growing_support(model, pictures)), ("steps", denoising(model, pictures[:, :5])),
                           ("nearest", nearest_support(model, pictures[:, :5]))):
-        sample.write_whole(Path(out) / f"{name}.png", lambda file: picture.save(file, "png"))
+        picture.save(Path(out) / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -41,12 +41,15 @@ ROWS = [
     (f"{TRAIN} --dataset text.npz", "cannot be read as an .npz"),
     (f"{TRAIN} --dataset pickled.npz", "cannot be read as an .npz"),
     (f"{TRAIN} --dataset truncated.npz", "cannot be read as an .npz"),
+    (f"{TRAIN} --dataset vast.npz", "unpacks to"),
+    (f"{TRAIN} --dataset odd_labels.npz", "do not fit together"),
     (f"{TRAIN} --dataset no_labels.npz", "labels"),
     (f"{TRAIN} --dataset few_labels.npz", "expected one each"),
     (f"{TRAIN} --dataset float.npz", "uint8"),
-    (f"{TRAIN} --dataset empty", "at least 3"),
-    (f"{TRAIN} --dataset one_class", "at least 3"),
-    (f"{TRAIN} --dataset hollow", "holds no readable image"),
+    (f"{TRAIN} --dataset empty", "0 class folder(s)"),
+    (f"{TRAIN} --dataset one_class", "1 class folder(s)"),
+    (f"{TRAIN} --dataset folder", "4 loose files"),
+    (f"{TRAIN} --dataset hollow", "0 readable images"),
     (f"{TRAIN} --dataset classes --sample_size 9", "ask for fewer"),
     (f"{TRAIN} --dataset circle", "circle"),
     (f"{TRAIN} --dataset cifar100 --data_dir empty", "--download"),
@@ -65,6 +68,9 @@ ROWS = [
     (f"{TRAIN} --lr 0", "--lr is 0.0"),
     (f"{TRAIN} --lr nan", "--lr is nan"),
     (f"{TRAIN} --ema_decay 1", "--ema_decay is 1.0"),
+    (f"{TRAIN} --cooldown 1", "--cooldown 1.0"),
+    (f"{TRAIN} --max_hours 0", "--max_hours is 0.0"),
+    (f"{TRAIN} --optimizer sgd", "sgd"),
     (f"{TRAIN} --preset huge", "huge"),
     (f"{TRAIN} --device gpu", "--device gpu"),
     (f"{TRAIN} --resume gone.pt", "gone.pt"),
@@ -78,6 +84,8 @@ ROWS = [
     (f"{SAMPLE} --ckpt hostile.pt --support a.png", "not a checkpoint"),
     (f"{SAMPLE} --ckpt list.pt --support a.png", "not a checkpoint"),
     (f"{SAMPLE} --ckpt huge.pt --support a.png", "hidden_size"),
+    (f"{SAMPLE} --ckpt thin.pt --support a.png", "larger than what is stored"),
+    ("sample.py --support a.png --device cpu --out_dir out", "--ckpt is missing"),
     (f"{SAMPLE} --ckpt other.pt --support a.png", "not a checkpoint"),
     (f"{SAMPLE} --support gone.png", "gone.png"),
     (f"{SAMPLE} --support a.png zero.png", "zero.png"),
@@ -85,6 +93,7 @@ ROWS = [
     (f"{SAMPLE} --support postscript.png", "cannot be read as an image"),
     (f"{SAMPLE} --support exif.png", "cannot be read as an image"),
     (f"{SAMPLE} --support cut.jpg", "cut.jpg"),
+    (f"{SAMPLE} --support float.tif", "no known range"),
     (f"{SAMPLE} --support bomb.png", "bomb.png"),
     (f"{SAMPLE} --support pipe.png", "pipe.png"),
     (f"{SAMPLE} --support folder", "folder is a folder"),
@@ -93,11 +102,13 @@ ROWS = [
     (SAMPLE, "either --support"),
     (f"{SAMPLE} --support a.png --evaluate", "--dataset"),
     (f"{SAMPLE} --support a.png --eta 1", "--eta"),
+    (f"{SAMPLE} --support a.png --sampler ddim --eta 2", "--eta is 2"),
+    (f"{SAMPLE} --support a.png --sampler ddim --steps 300", "at most 250"),
     (f"{SAMPLE} --support a.png --num 0", "--num is 0"),
     (f"{SAMPLE} --support a.png --steps 0", "--steps is 0"),
     (f"{SAMPLE} --support a.png --guidance 2", "guidance 2"),
     (f"{SAMPLE} --support a.png a.png a.png a.png", "4 support images"),
-    (f"{SAMPLE} --support a.png --out_dir text.npz", "text.npz"),
+    (f"{SAMPLE} --support a.png --out_dir text.npz/out", "text.npz"),
     (f"{SAMPLE} --dataset classes --k 9", "--k"),
     (f"{SAMPLE} --dataset classes --evaluate --k 3 --fid_weights weights.pth --fid_dims 64", "lower --k"),
     (f"{SAMPLE} --dataset classes --evaluate --k 1 --fid_weights gone.pth", "gone.pth"),
@@ -148,6 +159,7 @@ def make_files(root):
     picture = Image.fromarray(grey[0]).convert("RGB").resize((40, 30))
     picture.save(root / "a.png")
     picture.resize((400, 300)).save(root / "whole.jpg", quality=95)
+    Image.fromarray(grey[0] / np.float32(255)).save(root / "float.tif")
     (root / "cut.jpg").write_bytes((root / "whole.jpg").read_bytes()[:3000])
     (root / "zero.png").write_bytes(b"")
     (root / "noise.png").write_bytes(bytes(grey.ravel()))
@@ -178,6 +190,7 @@ def make_files(root):
     np.savez(root / "few_labels.npz", images=grey, labels=np.arange(3))
     np.savez(root / "float.npz", images=grey / 255, labels=np.arange(12) // 4)
     np.savez(root / "images.npz", images=grey, labels=np.arange(12) // 4)
+    np.savez(root / "odd_labels.npz", images=grey, labels=np.arange(12), class_names=np.arange(6))
     np.savez(root / "moments.npz", mu=np.zeros(64), sigma=np.eye(64))
     np.savez(root / "stats.npz", mu=np.zeros(3), sigma=np.eye(3))
     np.savez(root / "words.npz", mu=np.full(64, "a"), sigma=np.full((64, 64), "b"))
@@ -185,11 +198,17 @@ def make_files(root):
     with zipfile.ZipFile(root / "member.npz", "w") as file:
         file.writestr("images", "no array")
     (root / "truncated.npz").write_bytes((root / "images.npz").read_bytes()[:500])
+    np.savez(root / "vast.npz", images=grey, labels=np.arange(12), a=grey, b=grey, c=grey)
+    parts = (root / "vast.npz").read_bytes().split(b"PK\1\2")          # the zip's directory says 4 GiB of each
+    parts[1:] = [part[:20] + struct.pack("<I", 2 ** 32 - 2) + part[24:] for part in parts[1:]]
+    (root / "vast.npz").write_bytes(b"PK\1\2".join(parts))
     config = fsdm.Config(**SMALL)
     good = dict(config=dataclasses.asdict(config), ema=fsdm.FSDM(config).state_dict(), model={})
     torch.save(good, root / "good.pt")
     torch.save(dict(good, config=dict(good["config"], hidden_size=2 ** 40)), root / "huge.pt")
     torch.save(dict(good, ema=dict(list(good["ema"].items())[1:])), root / "other.pt")
+    thin = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in good["ema"].items()}
+    torch.save(dict(good, ema=thin), root / "thin.pt")
     torch.save([1, 2, 3], root / "list.pt")
     with open(root / "hostile.pt", "wb") as file:
         pickle.dump(Hostile(), file)

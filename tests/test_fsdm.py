@@ -1,14 +1,18 @@
 """Claims about the method, each against an oracle: counted by hand, or a case whose answer is known."""
 import dataclasses
+import io
 import math
 import pickle
 import struct
 import sys
+import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -23,11 +27,18 @@ FLAVOURS = [(encoder, mode) for encoder in ("stacked", "image") for mode in ("fi
 def tiny(**fields):
     """A small model whose zero-initialised branches are opened, so that everything can reach the output."""
     torch.manual_seed(0)
-    model = FSDM(Config(**{**TINY, **fields})).eval()
-    for p in model.parameters():
+    return opened(FSDM(Config(**{**TINY, **fields})).eval())
+
+
+def opened(module):
+    for p in module.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.2)
-    return model
+    return module
+
+
+def pictures(*shape):
+    return torch.randint(0, 256, (*shape, 3, 8, 8), dtype=torch.uint8)
 
 
 def count(module):
@@ -39,40 +50,42 @@ def preset(name):
         return FSDM(Config(**fsdm.PRESETS[name]))
 
 
-# ---- The documents' configurations.
+# ---- VFSDDPM's configurations, and ours.
 
-def test_reference_has_the_documented_parameters():
+def test_reference_has_the_parameters_of_vfsddpm():
     model = preset("reference")
     assert (count(model), count(model.denoiser), count(model.encoder)) == (43_509_900, 32_735_628, 10_774_272)
-    dit = model.denoiser
+    dit, vit = model.denoiser, model.encoder.vit
     assert count(dit.embed) == 4_608 and dit.pos.numel() == 98_304 and count(dit.time) == 245_760
     assert count(dit.project) == 147_840 and count(dit.blocks[0]) == 2_661_504
     assert count(dit.norm) + count(dit.ada) + count(dit.out) == 301_068
-    assert count(model.encoder.embed) == 28_032 and model.encoder.pos.numel() == 98_688
-    assert count(model.encoder.blocks[0]) == 1_774_464 and len(model.encoder.blocks) == 6
+    assert count(vit.embed) == 28_032 and vit.pos.numel() + vit.cls.numel() == 98_688
+    assert count(vit.blocks[0]) == 1_774_464 and len(vit.blocks) == 6
 
 
-def test_wide_has_the_true_count_not_the_documents_claim():
+def test_wide_has_the_parameters_of_vfsddpms_wide_configuration():
     model = preset("wide")
     assert (count(model), count(model.denoiser), count(model.encoder)) == (37_739_262, 22_974_762, 14_764_500)
 
 
-def test_the_mnist_denoiser_is_the_documents_and_sees_no_context():
-    model = fsdm.FSDM(fsdm.Config(**fsdm.PRESETS["mnist"]))
-    assert sum(p.numel() for p in model.parameters()) == 4_869_377
+def test_the_mnist_denoiser_is_vfsddpms_and_sees_no_context():
+    model = preset("mnist")
+    assert count(model) == 4_869_377 and model.encoder is None
     assert [block.dilation[0] for block in model.denoiser.blocks] == [1, 1, 3, 3, 9, 9, 27, 27]
     with pytest.raises(ValueError, match="time only"):
-        fsdm.Config(denoiser="conv")
+        Config(denoiser="conv")
 
 
 @pytest.mark.parametrize("name", fsdm.PRESETS)
-def test_every_preset_runs(name):
+def test_every_preset_trains_all_of_its_weights(name):
     config = dataclasses.replace(Config(**fsdm.PRESETS[name]), depth=2, encoder_depth=1)
     images = torch.zeros(1, config.sample_size, config.in_channels, *[config.image_size] * 2, dtype=torch.uint8)
-    sees = ~torch.eye(config.sample_size, dtype=torch.bool)[None]
-    sees &= fsdm.leave_one_out(1, config.sample_size, fsdm.rng("cpu", 0))
-    loss, kl = FSDM(config)(images, sees, torch.zeros(images.shape[:2], dtype=torch.long), torch.randn(images.shape))
-    assert kl is None and loss.shape == images.shape[:2] and loss.isfinite().all()
+    sees = fsdm.leave_one_out(1, config.sample_size, fsdm.rng("cpu", 0), config.vary_support)
+    model = FSDM(config)
+    loss, kl = model(images, sees, torch.zeros(images.shape[:2], dtype=torch.long), torch.randn(images.shape))
+    assert loss.shape == kl.shape == images.shape[:2] and loss.isfinite().all() and not kl.any()
+    loss.mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("change, word", [
@@ -89,7 +102,7 @@ def test_a_contradicting_config_is_named(change, word):
 @pytest.mark.parametrize("encoder, mode", FLAVOURS)
 def test_a_target_never_reaches_its_own_context(encoder, mode):
     model, K = tiny(encoder=encoder, mode_conditioning=mode), 4
-    images = torch.randint(0, 256, (1, K, 3, 8, 8), dtype=torch.uint8)
+    images = pictures(1, K)
     changed = images.clone()
     changed[0, 2] = 255 - changed[0, 2]
     sees = ~torch.eye(K, dtype=torch.bool)[None]
@@ -114,87 +127,106 @@ def test_training_and_sampling_read_the_same_support_the_same_way(encoder, mode)
 
 @pytest.mark.parametrize("mode", ("film", "lag"))
 def test_the_order_of_the_support_does_not_matter(mode):
-    model = tiny(encoder="image", mode_conditioning=mode)
-    support = torch.randint(0, 256, (1, 5, 3, 8, 8), dtype=torch.uint8)
-    samples = [fsdm.sample(model, s, 2, steps=5) for s in (support, support[:, [3, 1, 4, 0, 2]])]
-    assert (samples[0].int() - samples[1].int()).abs().max() <= 1
-    other = fsdm.sample(model, 255 - support, 2, steps=5)
-    assert (samples[0].int() - other.int()).abs().max() > 1                 # and the support does matter
+    model, support = tiny(encoder="image", mode_conditioning=mode), pictures(1, 5)
+    first, shuffled, other = (fsdm.generate(model, s, 2, steps=5).int()
+                              for s in (support, support[:, [3, 1, 4, 0, 2]], 255 - support))
+    assert (first - shuffled).abs().max() <= 1 and (first - other).abs().max() > 1     # and the support does matter
 
 
 @pytest.mark.parametrize("size", (1, 2, 5, 9))
 def test_any_number_of_support_images_works(size):
-    support = torch.randint(0, 256, (2, size, 3, 8, 8), dtype=torch.uint8)
-    assert fsdm.sample(tiny(encoder="image", mode_conditioning="lag"), support, 3, steps=2).shape == (2, 3, 3, 8, 8)
+    model = tiny(encoder="image", mode_conditioning="lag")
+    assert fsdm.generate(model, pictures(2, size), 3, steps=2).shape == (2, 3, 3, 8, 8)
 
 
 def test_the_stacked_encoder_refuses_more_images_than_it_was_trained_with():
     with pytest.raises(ValueError, match="3 at most"):
-        fsdm.sample(tiny(), torch.zeros(1, 4, 3, 8, 8, dtype=torch.uint8), 1, steps=2)
+        fsdm.generate(tiny(), pictures(1, 4), 1, steps=2)
 
 
 @pytest.mark.parametrize("encoder, mode", FLAVOURS)
-def test_the_null_context_holds_nothing_of_the_support(encoder, mode):
-    model = tiny(encoder=encoder, mode_conditioning=mode, context_dropout=0.5)
-    x, t = torch.randn(1, 2, 3, 8, 8), torch.full((1, 2), 20)
+def test_the_context_of_an_empty_support_holds_nothing_of_the_support(encoder, mode):
+    model, x, t = tiny(encoder=encoder, mode_conditioning=mode), torch.randn(1, 2, 3, 8, 8), torch.full((1, 2), 20)
     sees = torch.tensor([[[True] * 3, [False] * 3]])
-    a, b = (model.denoiser(x, t, model.read(torch.randn(1, 3, 3, 8, 8), sees)) for _ in range(2))
-    assert not torch.allclose(a[:, 0], b[:, 0], atol=1e-4) and torch.allclose(a[:, 1], b[:, 1], atol=1e-6)
+    images = torch.randn(2, 1, 3, 3, 8, 8)
+    a, b = (model.denoiser(x, t, model.read(i, sees)) for i in images)
+    assert not torch.allclose(a[:, 0], b[:, 0], atol=1e-4) and torch.equal(a[:, 1], b[:, 1])
+    vector, _, mask = model.encoder(images[0], sees)
+    if encoder == "image":
+        assert not vector[:, 1].any() and not mask[:, 1].any()
+    else:                                                                   # all slots empty, that is zero
+        zeros = model.encoder(torch.zeros_like(images[0]), sees)[0]
+        assert torch.equal(vector[:, 1], zeros[:, 0]) and not torch.equal(vector[:, 0], zeros[:, 0])
 
 
 @pytest.mark.parametrize("encoder, mode", FLAVOURS)
 def test_a_variational_context_has_a_kl_for_every_leave_one_out_context(encoder, mode):
-    model = tiny(encoder=encoder, mode_conditioning=mode, mode_context="variational", context_dropout=0.1)
-    images, sees = torch.randn(2, 4, 3, 8, 8), ~torch.eye(4, dtype=torch.bool).expand(2, 4, 4)
-    sees = sees.clone()
-    sees[1, 3] = False                                                      # one of them is the null context
-    kl = model.read(images, sees).kl
-    vector, tokens, looks = model.encoder(images, sees)
+    """That of its vector and, under lag, of every token that the target may look at."""
+    model = tiny(encoder=encoder, mode_conditioning=mode, mode_context="variational")
+    images, sees = torch.randn(2, 4, 3, 8, 8), (~torch.eye(4, dtype=torch.bool)).repeat(2, 1, 1)
+    sees[1, 3] = False                                                      # an empty support counts like any other
+    noise = torch.randn(2, *fsdm.context_noise_shape(model.config, 4, 4))
+    context = model.read(images, sees, noise)
+    vector, tokens, mask = model.encoder(images, sees)
+    seen = mask.sum(2) if mode == "lag" else 0 * mask.sum(2)
+    assert seen[0].tolist() == ([0] * 4 if mode == "film" else [4] * 4 if encoder == "stacked" else [12] * 4)
     for b in range(2):
         for i in range(4):
-            parts = [vector[b, i]] + ([tokens[b, g, n] for g in range(4) if looks[b, i, g] for n in range(4)]
-                                      if mode == "lag" else [])
             expected = 0
-            for h in parts if sees[b, i].any() else []:
-                mu, log_var = model.posterior(h).chunk(2)
+            for h in [vector[b, i], *(tokens[b, mask[b, i]] if mode == "lag" else [])]:
+                mu, log_var = model.posterior.layers(h).chunk(2)
                 q = torch.distributions.Normal(mu, (log_var / 2).exp())
                 expected += torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum().item()
-            assert abs(kl[b, i].item() - expected) < 1e-3 * max(1, expected)
+            assert abs(context.kl[b, i].item() - expected) < 1e-4 * expected
+            mu, log_var = model.posterior.layers(vector[b, i]).chunk(2)
+            assert torch.allclose(context.vector[b, i], mu + (log_var / 2).exp() * noise[b, i], atol=1e-5)
+            assert torch.allclose(model.read(images, sees).vector[b, i], mu, atol=1e-5)
 
 
 @pytest.mark.parametrize("encoder, mode", FLAVOURS)
-def test_a_variational_context_is_its_mean_or_a_draw_of_its_own_for_every_image(encoder, mode):
+def test_a_variational_context_is_its_mean_or_a_draw_of_its_own_for_every_image(encoder, mode, monkeypatch):
     model = tiny(encoder=encoder, mode_conditioning=mode, mode_context="variational", context_dropout=0.1)
-    support = torch.randint(0, 256, (2, 3, 3, 8, 8), dtype=torch.uint8)
-    mean, again, drawn = (fsdm.sample(model, support, 3, steps=3, guidance=2.0, draw_context=d) for d in (0, 0, True))
-    assert torch.equal(mean, again) and drawn.shape == mean.shape and not torch.equal(mean, drawn)
-    alone = fsdm.sample(model, support[1:], 1, steps=3, guidance=2.0, first=3, draw_context=True)
-    assert (alone[0, 0].int() - drawn[1, 0].int()).abs().max() <= 1
+    support, read, vectors = pictures(2, 3), model.read, []
+
+    def spy(*args):
+        vectors.append(read(*args).vector)
+        return read(*args)
+
+    monkeypatch.setattr(model, "read", spy)
+    make = partial(fsdm.generate, model, support, 2, steps=3, guidance=2.0)
+    mean, again, drawn, apart = make(), make(), make(draw_context=True), make(draw_context=True, batch_size=3)
+    assert torch.equal(mean, again) and not torch.equal(mean, drawn)
+    assert (apart.int() - drawn.int()).abs().max() <= 1
+    assert torch.allclose(vectors[0][0], vectors[0][1], atol=1e-5)          # one set, two images
+    assert (vectors[2][0] - vectors[2][1]).abs().amin(1).max() > 1e-4 and len(vectors) == 5
     with pytest.raises(ValueError, match="nothing to draw"):
-        fsdm.sample(tiny(), support, 1, draw_context=True)
+        fsdm.generate(tiny(), support, 1, draw_context=True)
 
 
 def test_leave_one_out_drops_itself_always_and_others_as_asked():
-    g = fsdm.rng("cpu", 0, 1)
-    sees = fsdm.leave_one_out(500, 6, g)
-    assert not sees.diagonal(dim1=1, dim2=2).any() and (sees.sum(2) == 5).all()
-    sees = fsdm.leave_one_out(500, 6, g, vary=True)
+    g, sets, others = fsdm.rng("cpu", 0, 1), 2000, ~torch.eye(6, dtype=torch.bool)
+    assert torch.equal(fsdm.leave_one_out(sets, 6, g), others.expand(sets, 6, 6))
+    sees = fsdm.leave_one_out(sets, 6, g, vary=True)
     assert not sees.diagonal(dim1=1, dim2=2).any() and set(sees.sum(2).unique().tolist()) == {1, 2, 3, 4, 5}
-    assert sees.float().mean((0,)).fill_diagonal_(0.5).std() < 0.2          # no other image is preferred
-    assert 0.25 < (~fsdm.leave_one_out(500, 6, g, dropout=0.3).any(2)).float().mean() < 0.35
+    assert 0.5 < (sees.sum(2) == 5).float().mean() < 0.7                    # all the others more than half the time
+    share, mean = sees.float().mean(0)[others], sees.sum(2).float().mean() / 5
+    spread = (mean * (1 - mean) / sets).sqrt()
+    assert (share - mean).abs().max() < 4.5 * spread                        # no other image is preferred
+    for vary in (False, True):
+        assert 0.27 < (~fsdm.leave_one_out(sets, 6, g, vary, dropout=0.3).any(2)).float().mean() < 0.33
 
 
 def test_under_lag_time_and_self_attention_reach_every_block():
     model = tiny(encoder="image", mode_conditioning="lag")
     context = model.read(torch.randn(1, 2, 3, 8, 8), torch.ones(1, 1, 2, dtype=torch.bool))
     x = torch.randn(1, 4, 24)
-    for i, block in enumerate(model.denoiser.blocks):
-        early, late = (model.denoiser.time(fsdm.timestep_embedding(torch.tensor([t]))) for t in (10, 900))
-        assert not torch.allclose(block(x, early, context.keys_values[i]), block(x, late, context.keys_values[i]))
-        nudged = x.clone()
-        nudged[0, 3] = torch.randn(24)              # another token of the same image
-        moved = block(nudged, early, context.keys_values[i]) - block(x, early, context.keys_values[i])
-        assert moved[0, 0].abs().max() > 1e-4
+    early, late = (model.denoiser.time(fsdm.timestep_embedding(torch.tensor([t]))) for t in (10, 900))
+    nudged = x.clone()
+    nudged[0, 3] = torch.randn(24)                  # another token of the same image
+    for block, keys_values in zip(model.denoiser.blocks, context.keys_values):
+        before = block(x, early, keys_values, context.mask)
+        assert not torch.allclose(before, block(x, late, keys_values, context.mask))
+        assert (block(nudged, early, keys_values, context.mask) - before)[0, 0].abs().max() > 1e-4
 
 
 # ---- Transformer parts.
@@ -203,6 +235,74 @@ def test_padded_head_dimensions_change_nothing():
     q, k, v = torch.randn(3, 2, 7, 3, 50, dtype=torch.float64)
     weights = (torch.einsum("bnhd,bmhd->bhnm", q, k) / 50 ** 0.5).softmax(-1)
     assert torch.allclose(fsdm.attend(q, k, v), torch.einsum("bhnm,bmhd->bnhd", weights, v).flatten(2))
+
+
+def test_joint_attention_is_attention_over_the_own_tokens_and_those_seen():
+    """Two sets of three targets with four tokens each; five tokens of context a set."""
+    attention = fsdm.Attention(24, 3, context_width=10).double()
+    x, tokens = torch.randn(6, 4, 24).double(), torch.randn(2, 5, 10).double()
+    sees = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0)) < 0.5
+    out = attention(x, attention.keys_values(tokens), sees)
+    for b in range(2):
+        for i in range(3):
+            q, k, v = attention.qkv(x[3 * b + i]).unflatten(1, (3, 3, 8)).unbind(1)
+            more = attention.context_kv(tokens[b, sees[b, i]]).unflatten(1, (2, 3, 8)).unbind(1)
+            k, v = torch.cat([k, more[0]]), torch.cat([v, more[1]])
+            weights = (torch.einsum("nhd,mhd->hnm", q, k) / 8 ** 0.5).softmax(2)
+            expected = attention.out(torch.einsum("hnm,mhd->nhd", weights, v).flatten(1))
+            assert torch.allclose(out[3 * b + i], expected, atol=1e-12)
+
+
+def test_a_block_that_sees_no_context_token_is_the_block_without_context():
+    block = opened(fsdm.DiTBlock(24, 3, 48, context_width=10))
+    x, c, keys_values = torch.randn(4, 9, 24), torch.randn(4, 24), block.attention.keys_values(torch.randn(2, 5, 10))
+    none, all_ = torch.zeros(2, 2, 5, dtype=torch.bool), torch.ones(2, 2, 5, dtype=torch.bool)
+    assert torch.allclose(block(x, c, keys_values, none), block(x, c), atol=1e-5)
+    assert not torch.allclose(block(x, c, keys_values, all_), block(x, c), atol=1e-2)
+
+
+def dits_own_block(x, c, weights, heads, eps):
+    """models.py of Peebles and Xie with timm's Attention and Mlp; its norms have no weights."""
+    B, N, D = x.shape
+    linear = lambda h, name: F.linear(h, weights[f"{name}.weight"], weights[f"{name}.bias"])
+    modulate = lambda h, shift, scale: h * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    norm = lambda h: F.layer_norm(h, (D,), eps=eps)
+    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = linear(F.silu(c), "ada").chunk(6, dim=1)
+    h = modulate(norm(x), shift_msa, scale_msa)
+    q, k, v = linear(h, "attention.qkv").reshape(B, N, 3, heads, D // heads).permute(2, 0, 3, 1, 4)
+    h = (q * (D // heads) ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+    x = x + gate_msa.unsqueeze(1) * linear(h.transpose(1, 2).reshape(B, N, D), "attention.out")
+    h = modulate(norm(x), shift_mlp, scale_mlp)
+    return x + gate_mlp.unsqueeze(1) * linear(F.gelu(linear(h, "mlp.0"), approximate="tanh"), "mlp.2")
+
+
+def test_a_block_is_dits_own():
+    torch.manual_seed(0)
+    block = opened(fsdm.DiTBlock(24, 3, 96)).double()           # its norms' weights are 1, their biases nearly 0
+    block.norm1.bias.data.zero_()
+    block.norm2.bias.data.zero_()
+    x, c = 0.01 * torch.randn(2, 9, 24).double(), torch.randn(2, 24).double()       # so faint that eps counts
+    theirs, coarser = (dits_own_block(x, c, dict(block.named_parameters()), 3, eps) for eps in (1e-6, 1e-5))
+    assert (block(x, F.silu(c)) - theirs).abs().max() < 1e-9 and (theirs - coarser).abs().max() > 1e-3
+
+
+def test_the_attention_of_a_block_is_steered_by_more_than_its_gate():
+    block, D = fsdm.DiTBlock(24, 3, 96), 24
+    torch.nn.init.normal_(block.ada.weight[:2 * D])             # shift1 and scale1 depend on c; ...
+    block.ada.bias.data[2 * D:3 * D] = 1                        # ... gate1 is 1, and the MLP's gate is 0
+    x = torch.randn(1, 9, D)
+    a, b = (block(x, torch.randn(1, D)) for _ in range(2))
+    assert (a - b).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("denoiser", ("dit", "conv"))
+def test_times_are_shares_of_T(denoiser):
+    """Of 250 steps, time t is what 4 t is of 1000: weights trained with one T mean the same with another."""
+    short, long = (tiny(denoiser=denoiser, encoder="none", diffusion_steps=T).denoiser for T in (250, 1000))
+    long.load_state_dict(short.state_dict())
+    x, t = torch.randn(1, 3, 3, 8, 8), torch.tensor([[1, 60, 249]])
+    assert torch.allclose(short(x, t), long(x, 4 * t), atol=1e-5)
+    assert (short(x, t) - long(x, t)).abs().amax((0, 2, 3, 4)).min() > 1e-3
 
 
 def test_patches_come_back_where_they_were():
@@ -228,40 +328,79 @@ def test_the_linear_schedule_is_the_papers_at_1000():
 
 
 @pytest.mark.parametrize("sampler", fsdm.SAMPLERS)
-@pytest.mark.parametrize("steps", (1, 7, 19, 250))
-def test_a_denoiser_that_knows_the_image_gets_it_back(sampler, steps):
-    image, alpha_bar = torch.randn(4, 5).double(), fsdm.linear_schedule(250)
-    made = fsdm.SAMPLERS[sampler](lambda x, t: image, torch.randn(4, 5).double(), alpha_bar, steps,
-                                  lambda: torch.randn(4, 5).double())
-    assert torch.allclose(made, image, atol=1e-9)
+@pytest.mark.parametrize("steps", (1, 7, 19, 20, 40, 250))
+def test_a_denoiser_that_knows_the_image_gets_it_back_in_exactly_as_many_steps(sampler, steps):
+    image, alpha_bar, seen = torch.randn(4, 5).double(), fsdm.linear_schedule(250), []
+
+    def denoise(x, *level):
+        seen.append(level)
+        return image
+
+    draw = lambda: torch.randn(4, 5).double()
+    assert torch.allclose(fsdm.SAMPLERS[sampler](denoise, draw(), alpha_bar, steps, draw), image, atol=1e-9)
+    times, alpha, sigma = np.array(seen).T
+    assert len(seen) == steps and times[0] == 249 and (np.diff(times) < 0).all() and (steps == 1 or times[-1] == 0)
+    assert np.allclose(alpha ** 2 + sigma ** 2, 1)
+    log_snr = alpha_bar.logit().numpy() / 2                                 # of the trained times; others lie between
+    assert np.allclose(np.log(alpha / sigma), np.interp(times, np.arange(250), log_snr))
 
 
-def gaussian(spread, alpha_bar):
+def test_levels_are_even_in_time_or_in_the_logarithm_of_alpha_over_sigma():
+    alpha_bar = fsdm.cosine_schedule(250)
+    assert np.diff([t for t, _, _ in fsdm.even_times(alpha_bar, 84)]).tolist() == [-3] * 83
+    levels, h = fsdm.even_log_snr(alpha_bar, 84)
+    assert np.allclose(np.diff([math.log(alpha / sigma) for _, alpha, sigma in levels]), h)
+    assert len(fsdm.even_log_snr(alpha_bar, 400)[0]) == 400                 # which has room between the trained times
+    with pytest.raises(ValueError, match="at most 250"):
+        fsdm.even_times(alpha_bar, 251)
+
+
+def gaussian(spread):
     """The exact denoiser of data from N(0, spread^2)."""
-    def denoise(x, t):
-        a = alpha_bar[t]
-        return a.sqrt() * spread ** 2 / (a * spread ** 2 + 1 - a) * x
-    return denoise
+    return lambda x, t, alpha, sigma: alpha * spread ** 2 / (alpha ** 2 * spread ** 2 + sigma ** 2) * x
+
+
+def flow_error(name, steps, alpha_bar, spread=0.5):
+    """Root mean square distance of what a sampler makes from the end of the probability flow of N(0, spread^2), which
+    keeps x in proportion to its own standard deviation."""
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).double()
+    first, last = (alpha_bar[[-1, 0]] * spread ** 2 + 1 - alpha_bar[[-1, 0]]).sqrt()
+    a = alpha_bar[0]
+    end = gaussian(spread)(x * last / first, 0, a.sqrt(), (1 - a).sqrt())
+    made = fsdm.SAMPLERS[name](gaussian(spread), x, alpha_bar, steps, None)
+    return (made - end).square().mean().sqrt()
 
 
 @pytest.mark.parametrize("steps, schedule", [(37, "linear"), (60, "cosine"), (110, "linear")])
 def test_deterministic_samplers_follow_the_probability_flow(steps, schedule):
-    """For N(0, s^2) the flow ends at x_T s / sqrt(alpha_bar s^2 + 1 - alpha_bar). Steps that do not divide T."""
-    alpha_bar, s = fsdm.SCHEDULES[schedule](250), 0.5
-    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).double()
-    end = x * s / (alpha_bar[-1] * s ** 2 + 1 - alpha_bar[-1]).sqrt()
-    error = {name: (fsdm.SAMPLERS[name](gaussian(s, alpha_bar), x, alpha_bar, steps, None) - end).square().mean().sqrt()
-             for name in ("ddim", "2m")}
-    assert error["ddim"] < 0.04 and error["2m"] < error["ddim"] / 3
+    """In steps that do not divide T."""
+    alpha_bar = fsdm.SCHEDULES[schedule](250)
+    ddim, second = (flow_error(name, steps, alpha_bar) for name in ("ddim", "2m"))
+    assert ddim < 0.04 and second < ddim / 3
+
+
+@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("2m", 2)])
+def test_the_order_of_a_sampler_is_that_of_its_paper(sampler, order):
+    """Half the step leaves 1 / 2^order of the error: DDIM is Euler's method, 2M uses the denoiser's last answer too."""
+    alpha_bar = fsdm.linear_schedule(4000)
+    errors = [flow_error(sampler, steps, alpha_bar) for steps in (81, 161, 321)]
+    for coarse, fine in zip(errors, errors[1:]):
+        assert abs(math.log2(coarse / fine) - order) < 0.15
+
+
+def units(count=300):
+    """A draw() that gives one axis of a space after another: what a linear sampler makes of them has the standard
+    deviation of its images for a norm, exactly."""
+    axes = iter(torch.eye(count, dtype=torch.float64))
+    return lambda: next(axes)
 
 
 @pytest.mark.parametrize("steps", (100, 250))
 def test_ancestral_sampling_has_the_variance_of_the_data(steps):
-    alpha_bar, s, g = fsdm.linear_schedule(250), 0.5, torch.Generator().manual_seed(0)
-    draw = lambda: torch.randn(20000, generator=g).double()
-    made = fsdm.ddpm(gaussian(s, alpha_bar), draw(), alpha_bar, steps, draw)
+    alpha_bar, s, draw = fsdm.linear_schedule(250), 0.5, units()
+    made = fsdm.SAMPLERS["ddpm"](gaussian(s), draw(), alpha_bar, steps, draw)
     # each step draws from q(x_next | x_t, x0) with the denoiser's x0 (DDPM eq. 6 and 7): the variance step by step
-    times, variance = fsdm.spaced_times(250, steps), 1.0
+    times, variance = [t for t, _, _ in fsdm.even_times(alpha_bar, steps)], 1.0
     for t, n in zip(times, times[1:]):
         a, b = alpha_bar[t], alpha_bar[n]
         beta = 1 - a / b
@@ -269,78 +408,101 @@ def test_ancestral_sampling_has_the_variance_of_the_data(steps):
         variance = gain ** 2 * variance + (1 - b) / (1 - a) * beta
     a = alpha_bar[times[-1]]
     expected = variance ** 0.5 * a.sqrt() * s ** 2 / (a * s ** 2 + 1 - a)
-    assert abs(made.std() / expected - 1) < 0.02 and abs(expected / s - 1) < 0.1
+    assert abs(made.norm() / expected - 1) < 1e-9 and abs(expected / s - 1) < 0.1
 
 
 @pytest.mark.parametrize("schedule", fsdm.SCHEDULES)
 def test_stochastic_2m_keeps_the_variance_of_the_data_and_in_few_steps_far_better_than_ddpm(schedule):
-    alpha_bar, s, g = fsdm.SCHEDULES[schedule](1000), 0.5, torch.Generator().manual_seed(0)
-    draw = lambda: torch.randn(50_000, generator=g).double()
-    made = lambda name, steps: fsdm.SAMPLERS[name](gaussian(s, alpha_bar), draw(), alpha_bar, steps, draw)
-    off = lambda name, steps: abs(made(name, steps).std() / s - 1)
+    alpha_bar, s = fsdm.SCHEDULES[schedule](1000), 0.5
+
+    def off(name, steps):
+        draw = units()
+        return abs(fsdm.SAMPLERS[name](gaussian(s), draw(), alpha_bar, steps, draw).norm() / s - 1)
+
     assert off("2m_sde", 20) < off("ddpm", 20) / 3 and off("2m_sde", 40) < off("2m_sde", 20) / 2
-    assert off("2m_sde", 100) < 0.01
+    assert off("2m_sde", 100) < 0.003
 
 
-def test_ddpm_beta_is_the_documents_formula():
+def test_ddpm_beta_is_vfsddpms_sampler():
+    """DDPM's algorithm 2 with beta for the variance."""
     alpha_bar = fsdm.linear_schedule(1000)
-    alpha = alpha_bar / torch.cat([torch.ones(1), alpha_bar[:-1]]).double()
+    alphas = alpha_bar / torch.cat([torch.ones(1), alpha_bar[:-1]]).double()
     guess = lambda x, t: (x * (1 + t / 1000)).tanh()                        # any network's noise
     draws = lambda: (g := torch.Generator().manual_seed(0)) and (lambda: torch.randn(2, 3, generator=g).double())
     draw = draws()
     x = start = draw()
     for t in range(999, -1, -1):
-        x = (x - (1 - alpha[t]) / (1 - alpha_bar[t]) ** 0.5 * guess(x, t)) / alpha[t] ** 0.5
-        x = x + (1 - alpha[t]) ** 0.5 * draw() if t > 0 else x
+        x = (x - (1 - alphas[t]) / (1 - alpha_bar[t]) ** 0.5 * guess(x, t)) / alphas[t] ** 0.5
+        x = x + (1 - alphas[t]) ** 0.5 * draw() if t > 0 else x
     draw = draws()
     draw()
-    x0 = lambda x, t: (x - (1 - alpha_bar[t]) ** 0.5 * guess(x, t)) / alpha_bar[t] ** 0.5
-    assert torch.allclose(fsdm.ddpm_beta(x0, start, alpha_bar, 1000, draw), x, rtol=1e-8)
+    x0 = lambda x, t, alpha, sigma: (x - sigma * guess(x, t)) / alpha
+    assert torch.allclose(fsdm.SAMPLERS["ddpm_beta"](x0, start, alpha_bar, 1000, draw), x, rtol=1e-8)
 
 
-def test_kept_times_start_at_the_end_and_reach_zero_without_repeats():
-    for T, steps in ((250, 19), (250, 250), (1000, 20), (250, 400)):
-        for times in (fsdm.spaced_times(T, steps), fsdm.log_snr_times(fsdm.linear_schedule(T), steps)):
-            assert times[0] == T - 1 and times[-1] == 0 and len(times) <= steps
-            assert all(a > b for a, b in zip(times, times[1:]))
+@pytest.mark.parametrize("name", fsdm.PREDICTIONS)
+def test_the_clean_image_of_the_right_output_is_the_clean_image(name):
+    prediction, (x0, noise) = fsdm.PREDICTIONS[name], torch.randn(2, 50).double()
+    for alpha_bar in (1e-4, 0.3, 0.9999):
+        alpha, sigma = alpha_bar ** 0.5, (1 - alpha_bar) ** 0.5
+        target = prediction.target(x0, noise, alpha, sigma)
+        assert torch.allclose(prediction.to_x0(alpha * x0 + sigma * noise, target, alpha, sigma), x0, atol=1e-9)
 
 
-@pytest.mark.parametrize("prediction", ("noise", "v"))
+@pytest.mark.parametrize("prediction", fsdm.PREDICTIONS)
 def test_the_right_output_has_no_loss_and_gives_the_clean_image_back(prediction):
     model = tiny(prediction=prediction, encoder="none", schedule="cosine")
-    images = torch.randint(0, 256, (1, 4, 3, 8, 8), dtype=torch.uint8)
-    x0, noise = fsdm.to_signal(images), torch.randn(1, 4, 3, 8, 8)
-    t = torch.full((1, 4), 25)
-    a = model.alpha_bar[25]
-    answer = noise if prediction == "noise" else a.sqrt() * noise - (1 - a).sqrt() * x0
+    images, noise, t = pictures(4, 1), torch.randn(4, 1, 3, 8, 8), torch.full((4, 1), 25)
+    x0, a = fsdm.to_signal(images), model.alpha_bar[25].item()
+    alpha, sigma = a ** 0.5, (1 - a) ** 0.5
+    answer = noise if prediction == "noise" else alpha * noise - sigma * x0
     model.denoiser.forward = lambda x, t, context: answer
-    assert model(images, None, t, noise)[0].max() < 1e-12
-    assert torch.allclose(model.denoise(a.sqrt() * x0 + (1 - a).sqrt() * noise, 25, None), x0, atol=1e-4)
+    error, kl = model(images, None, t, noise)
+    assert error.max() < 1e-12 and error.shape == (4, 1) and not kl.any()
+    assert torch.allclose(model.denoise(alpha * x0 + sigma * noise, 25, alpha, sigma, None), x0, atol=1e-4)
 
 
-def test_an_image_is_the_same_at_every_batch_size():
-    model = tiny(encoder="image", mode_conditioning="lag", context_dropout=0.1)
-    support = torch.randint(0, 256, (3, 2, 3, 8, 8), dtype=torch.uint8)
+def test_signals_and_bytes_are_each_others_inverse_and_what_lies_between_is_rounded():
+    levels = torch.arange(256)
+    signal = fsdm.to_signal(levels.byte())
+    assert signal[0] == -1 and signal[255] == 1 and torch.equal(fsdm.to_bytes(signal), levels.byte())
+    for off in (-0.4, 0.4):
+        assert torch.equal(fsdm.to_bytes(signal + off / 127.5), levels.byte())
+    assert fsdm.to_bytes(torch.tensor([-1.5, 1.5])).tolist() == [0, 255]
+
+
+def test_an_image_is_the_same_at_every_batch_size_and_whatever_comes_after_it():
+    model, support = tiny(encoder="image", mode_conditioning="lag", context_dropout=0.1), pictures(3, 2)
     for sampler in fsdm.SAMPLERS:
-        options = dict(sampler=sampler, steps=6, guidance=2.0, seed=5)
-        together = fsdm.sample(model, support, 4, **options)
-        alone = fsdm.sample(model, support[1:2], 1, first=1 * 4 + 2, **options)
-        assert (together[1, 2].int() - alone[0, 0].int()).abs().max() <= 1
-        assert not torch.equal(together[1, 1], together[1, 2])
+        make = partial(fsdm.generate, model, sampler=sampler, steps=6, guidance=2.0)
+        together = make(support, 4, seed=5)
+        assert (together.int() - make(support, 4, seed=5, batch_size=5).int()).abs().max() <= 1
+        assert (together[:1, :3].int() - make(support[:1], 3, seed=5).int()).abs().max() <= 1
+        assert not torch.equal(together[1, 1], together[1, 2]) and not torch.equal(together, make(support, 4, seed=6))
 
 
-def test_guidance_is_a_line_from_null_to_context():
+def test_guidance_is_a_line_from_the_empty_support_to_the_given_one():
     model = tiny(encoder="image", mode_conditioning="lag", context_dropout=0.1)
     x, support = torch.randn(1, 1, 3, 8, 8) / 4, torch.randn(1, 3, 3, 8, 8)
     given, none = torch.ones(1, 1, 3, dtype=torch.bool), torch.zeros(1, 1, 3, dtype=torch.bool)
-    t = torch.full((1, 1), 9)
-    a, b = (model.denoiser(x, t, model.read(support, sees)) for sees in (given, none))
-    out = b + 1.7 * (a - b)
-    alpha = float(model.alpha_bar[9])
-    x0 = ((x - (1 - alpha) ** 0.5 * out) / alpha ** 0.5).clamp(-1, 1)
-    assert torch.allclose(model.denoise(x, 9, model.read(support, torch.cat([given, none], 1)), 1.7), x0, atol=1e-5)
+    a, b = (model.denoiser(x, torch.full((1, 1), 9.5), model.read(support, sees)) for sees in (given, none))
+    out, alpha, sigma = b + 1.7 * (a - b), 0.8, 0.6
+    context = model.read(support, torch.cat([given, none], 1))
+    x0 = ((x - sigma * out) / alpha).clamp(-1, 1)
+    assert torch.allclose(model.denoise(x, 9.5, alpha, sigma, context, 1.7), x0, atol=1e-5)
     with pytest.raises(ValueError, match="without context dropout"):
-        fsdm.sample(tiny(encoder="image"), torch.zeros(1, 1, 3, 8, 8, dtype=torch.uint8), 1, guidance=2.0)
+        fsdm.generate(tiny(encoder="image"), pictures(1, 1), 1, guidance=2.0)
+
+
+@pytest.mark.parametrize("fields, best", [(dict(context_dropout=0.1), 2.0), (dict(), 1.0),
+                                          (dict(context_dropout=0.1, encoder="none"), 1.0)])
+def test_guidance_left_out_is_2_where_the_model_was_trained_without_support_now_and_then(fields, best):
+    model, support = tiny(**{"encoder": "image", **fields}), pictures(1, 2)
+    made = fsdm.generate(model, support, 2, steps=4)
+    assert fsdm.best_guidance(model.config) == best
+    assert torch.equal(made, fsdm.generate(model, support, 2, steps=4, guidance=best))
+    if best == 2:
+        assert not torch.equal(made, fsdm.generate(model, support, 2, steps=4, guidance=1.0))
 
 
 def test_randomness_is_a_function_of_its_whole_address():
@@ -353,34 +515,57 @@ def test_randomness_is_a_function_of_its_whole_address():
 # ---- Data.
 
 def test_glyphs_are_what_they_promise():
-    data = fsdm.load_data("glyphs", None, 32, 3)
-    sizes = {name: len(split.names) for name, split in data.items()}
+    data = fsdm.load_data("glyphs", None, 8, 3)
+    sizes = {part: len(split.names) for part, split in data.items()}
     assert sizes["train"] >= 500 and sizes["val"] >= 50 and sizes["test"] >= 50
     names = [name for split in data.values() for name in split.names]
     assert len(set(names)) == len(names)
-    images = data["test"].images.float().unflatten(0, (sizes["test"], -1))          # [classes, images, C, H, W]
-    within = (images - images.mean(1, keepdim=True)).square().mean()
-    between = (images.mean(1) - images.mean((0, 1))).square().mean()
-    assert images.shape[2:] == (3, 32, 32) and 50 < within < between                # redrawn, and recognisable
-    again = fsdm.load_data("glyphs", None, 32, 3)
-    assert torch.equal(again["train"].images, data["train"].images)
+    images, labels, *_ = fsdm.glyphs(None, 32, False, classes=(60, 20, 20))
+    again = fsdm.glyphs(None, 32, False, classes=(20, 5, 5))[0]
+    assert images.dtype == np.uint8 and images.shape == (len(labels), 32, 32, 3)
+    assert np.array_equal(again, images[:len(again)])                               # a class is always the same
+    images = images.reshape(100, -1, 32, 32, 3).astype(float)
+    within = np.square(images - images.mean(1, keepdims=True)).mean()
+    between = np.square(images.mean(1) - images.mean((0, 1))).mean()
+    assert 50 < within < between                                                    # redrawn, and recognisable
 
 
 def test_sets_are_of_one_class_and_hold_no_image_twice():
     labels = np.repeat(np.arange(5), [6, 9, 7, 30, 6])
     images = labels.astype(np.uint8)[:, None, None, None].repeat(2, 2)
-    split = fsdm.make_split(images, labels, list("abcde"), [0, 1, 3, 4])
-    index = fsdm.draw_sets(split, 400, 6, fsdm.rng("cpu", 0, 0))
+    split = fsdm.read_split(images, labels, list("abcde"), [4, 0, 1, 3], 2, 1)
+    assert split.names == list("abde") and split.largest == 30
+    classes, _ = fsdm.draw_classes(split, 400, fsdm.rng("cpu", 0, 0))
+    index = fsdm.draw_sets(split, classes, 6, fsdm.rng("cpu", 0, 1))
     assert all(len(set(row.tolist())) == 6 for row in index)
-    drawn = split.images[index][..., 0, 0, 0]
-    assert (drawn == drawn[:, :1]).all() and set(drawn.unique().tolist()) == {0, 1, 3, 4}
+    drawn = split.images[index][..., 0, 0, 0]                                       # the pixel is the class
+    assert torch.equal(drawn.long(), torch.tensor([0, 1, 3, 4])[classes][:, None].expand(-1, 6))
     assert len(index.unique()) == len(split.images)                                 # every image has its turn
+
+    support, names = fsdm.draw_support(split, 6, 5, 0, fsdm.SETS)
+    assert support.shape == (6, 5, 1, 2, 2) and set(names[:4]) == set("abde")       # other classes while they last
+    assert all((support[s] == "abcde".index(name)).all() for s, name in enumerate(names))
+
+
+@pytest.mark.parametrize("count", (2, 3, 7))
+def test_a_class_is_paired_with_every_other_and_never_with_itself(count):
+    split = fsdm.Split(None, torch.arange(count + 1), list(range(count)), 1)
+    own, other = fsdm.draw_classes(split, 3000, fsdm.rng("cpu", 0, 0))
+    pairs = torch.zeros(count, count).index_put_((own, other), torch.ones(3000), accumulate=True)
+    assert not pairs.diagonal().any()
+    expected = 3000 / (count * (count - 1))
+    assert (pairs[~torch.eye(count, dtype=torch.bool)] - expected).abs().max() < 4.5 * expected ** 0.5
+
+
+def test_the_only_class_is_its_own_other():
+    split = fsdm.Split(None, torch.tensor([0, 9]), ["a"], 9)
+    assert [classes.tolist() for classes in fsdm.draw_classes(split, 3, fsdm.rng("cpu", 0))] == [[0] * 3] * 2
 
 
 def test_fc100_holds_whole_superclasses_out():
     assert len(set(fsdm.FC100_TEST)) == len(set(fsdm.FC100_VAL)) == 20
     assert not set(fsdm.FC100_TEST) & set(fsdm.FC100_VAL)
-    held_out = {"dolphin": "test", "butterfly": "test", "skunk": "test", "woman": "test",       # SPEC A6
+    held_out = {"dolphin": "test", "butterfly": "test", "skunk": "test", "woman": "test",
                 "tiger": "val", "camel": "val", "lobster": "val", "squirrel": "val", "rose": "train", "bus": "train"}
     keep = fsdm.split_fc100(list(held_out))
     assert {list(held_out)[c]: part for part, labels in keep.items() for c in labels} == held_out
@@ -503,13 +688,87 @@ def test_a_folder_of_class_folders_is_split_by_name(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "Klasse 0 äö" / ".hidden" / "again.png")
     data = fsdm.load_data(str(tmp_path), None, 16, 3)
     assert [len(s.names) for s in data.values()] == [4, 1, 1] and data["train"].images.shape == (12, 3, 16, 16)
+    assert list(fsdm.load_data(str(tmp_path), None, 16, 3, parts=["test"])) == ["test"]
 
 
-def test_a_folder_with_its_own_splits_keeps_them(tmp_path):
-    draw_folder(tmp_path, ["train/a", "train/b", "val/c", "test/a"])
-    data = fsdm.load_data(str(tmp_path), None, 16, 1)
-    assert [s.names for s in data.values()] == [["train/a", "train/b"], ["val/c"], ["test/a"]]
-    assert data["train"].images.shape == (6, 1, 16, 16)
+def classes_of(root):
+    """-> {part: its class names}, of which every image is checked to be of its class: draw_folder's red says it."""
+    data = fsdm.load_data(str(root), None, 16, 3)
+    for split in data.values():
+        red = (split.images[:, 0].float().mean((1, 2)) / 20).round()
+        named = torch.tensor([float(ord(name[-1]) - ord("a")) for name in split.names])
+        assert torch.equal(red, named.repeat_interleave(split.offsets.diff()))
+    return {part: split.names for part, split in data.items()}
+
+
+@pytest.mark.parametrize("train, val, test", [("train", "val", "test"), ("train", "valid", "test"),
+                                              ("Training", "validation", "TEST")])
+@pytest.mark.parametrize("top", ("", "archive/my data"))
+def test_a_folder_with_its_own_parts_keeps_them_and_one_folder_too_many_is_said(tmp_path, capsys, train, val, test, top):
+    draw_folder(tmp_path / top, [f"{train}/a", f"{train}/b", f"{val}/c", f"{test}/d"])
+    assert classes_of(tmp_path) == dict(train=["a", "b"], val=["c"], test=["d"])
+    said = capsys.readouterr().out
+    assert said.count("holds one folder only") == 2 * bool(top) and f"{tmp_path / top}" in said + str(tmp_path)
+    assert [line.split(":")[0] for line in said.splitlines()[-3:]] == ["train", "val", "test"]
+
+
+def test_one_folder_too_many_on_top_of_class_folders_is_said(tmp_path, capsys):
+    draw_folder(tmp_path / "photos", "abcde")
+    assert sorted(sum(classes_of(tmp_path).values(), [])) == list("abcde")
+    assert "the classes are taken to be those in" in capsys.readouterr().out
+
+
+def test_without_a_test_folder_there_are_no_test_classes(tmp_path, capsys):
+    draw_folder(tmp_path, ["train/a", "train/b", "val/c", "rest/d"])
+    assert classes_of(tmp_path) == dict(train=["a", "b"], val=["c"], test=[])
+    said = capsys.readouterr().out
+    assert "left out is ['rest']" in said and "test: 0 images of 0 classes" in said
+
+
+def test_without_a_val_folder_a_tenth_of_the_training_classes_validates(tmp_path, capsys):
+    draw_folder(tmp_path, [*(f"train/{c}" for c in "cdefghijkl"), "test/a", "test/b"], images=1)
+    found = classes_of(tmp_path)
+    assert len(found["val"]) == 1 and sorted(found["train"] + found["val"]) == list("cdefghijkl")
+    assert found["test"] == ["a", "b"] and "has no val/: a tenth of the classes" in capsys.readouterr().out
+
+
+def test_parts_that_share_classes_are_put_together_and_split_by_name(tmp_path, capsys):
+    """The layout of ImageFolder, whose parts hold other images of the same classes."""
+    draw_folder(tmp_path, [f"{part}/{c}" for part in ("train", "val") for c in "abcde"])
+    by_name = fsdm.split_by_name(list("abcde"))
+    assert classes_of(tmp_path) == {part: ["abcde"[c] for c in labels] for part, labels in by_name.items()}
+    data = fsdm.load_data(str(tmp_path), None, 16, 3)
+    assert all((split.offsets.diff() == 6).all() for split in data.values())        # three of train, three of val
+    assert "parts share classes" in capsys.readouterr().out
+
+
+def test_a_class_may_be_named_train(tmp_path):
+    draw_folder(tmp_path, ["train", "bus", "tram", "ship"])
+    data = fsdm.load_data(str(tmp_path), None, 16, 3)
+    assert sorted(name for s in data.values() for name in s.names) == ["bus", "ship", "train", "tram"]
+
+
+def test_loose_images_are_no_data_set(tmp_path):
+    for i in range(4):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{i}.png")
+    with pytest.raises(ValueError, match=r"0 class folder\(s\) \[\] and 4 loose images: expected a folder for each class"):
+        fsdm.load_data(str(tmp_path), None, 16, 3)
+
+
+def test_unreadable_files_are_left_out_and_named(tmp_path, capsys):
+    draw_folder(tmp_path, "abcde")
+    (tmp_path / "b" / "Image 0.PNG").write_text("no image")
+    (tmp_path / "d" / "cut.jpg").write_bytes(b"")
+    found = classes_of(tmp_path)
+    said = capsys.readouterr().out
+    assert sorted(sum(found.values(), [])) == list("abcde")
+    for file, part in (("b/Image 0.PNG", "b"), ("d/cut.jpg", "d")):
+        assert str(tmp_path / file) in said
+    data = fsdm.load_data(str(tmp_path), None, 16, 3)
+    counts = {name: n for s in data.values() for name, n in zip(s.names, s.offsets.diff().tolist())}
+    assert counts == dict(a=3, b=2, c=3, d=3, e=3)
+    with pytest.raises(ValueError, match="class 'b' has 2 readable images"):
+        fsdm.check_data(data, 3, ("train", "val", "test"))
 
 
 def test_pictures_of_every_kind_become_what_a_person_sees(tmp_path):
@@ -523,8 +782,43 @@ def test_pictures_of_every_kind_become_what_a_person_sees(tmp_path):
     corner = lambda image, C=3: fsdm.to_picture(image, 8, C)[:, 0, 0].tolist()
     assert corner(rgb) == corner(rgb.convert("P")) == corner(rgb.convert("CMYK")) == [255, 0, 0]
     assert corner(clear) == [255, 255, 255] and corner(Image.open(tmp_path / "turned.png")) == [0, 255, 255]
-    deep = Image.fromarray(np.full((9, 9), 32896, np.uint16))
-    assert corner(deep, 1) == [128] and corner(rgb.convert("L"), 1) == [76]
+    assert corner(rgb.convert("L"), 1) == [76] and corner(tmp_path / "turned.png") == [0, 255, 255]
+
+
+def test_16_bit_grey_is_scaled_by_257_and_rounded_whatever_the_file_holds(tmp_path):
+    deep = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(deep).save(tmp_path / "all.png")
+    Image.fromarray(np.full((9, 9), 250, np.uint16)).save(tmp_path / "dark.tif")    # not 250, as if it had 8 bits
+    for source in (deep, tmp_path / "all.png"):
+        assert np.array_equal(fsdm.to_picture(source, 256, 1)[0], np.rint(deep / 257))
+    assert (fsdm.to_picture(tmp_path / "dark.tif", 8, 3) == 1).all()
+
+
+@pytest.mark.parametrize("pixels", (np.full((9, 9), 0.5, np.float32), np.full((9, 9), 65536, np.int32),
+                                    np.full((9, 9), -1, np.int32)))
+def test_pixels_of_no_known_range_are_refused(tmp_path, pixels):
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="a.tif cannot be read as an image: .*no known range"):
+        fsdm.to_picture(tmp_path / "a.tif", 8, 1)
+
+
+def test_an_npz_that_claims_more_than_memory_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    np.savez(tmp_path / "a.npz", images=np.zeros((6, 8, 8), np.uint8), labels=np.arange(6))
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as file:
+        file.writestr("more.npy", b"few")
+        file.filelist[-1].file_size = 2 ** 40
+    monkeypatch.setattr("numpy.load", None)                                         # not even opened
+    with pytest.raises(ValueError, match="a.npz .*1,024 GiB"):
+        fsdm.load_data(str(tmp_path / "a.npz"), None, 8, 1)
+
+
+def test_an_array_that_claims_more_than_memory_is_refused(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_2_0(header, dict(descr="|u1", fortran_order=False, shape=(2 ** 40, 8, 8)))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
+        file.writestr("images.npy", header.getvalue() + b"few")
+    with pytest.raises(ValueError, match="a.npz cannot be read"):                   # BUG: MemoryError
+        fsdm.load_data(str(tmp_path / "a.npz"), None, 8, 1)
 
 
 # ---- Checkpoints.
@@ -543,9 +837,22 @@ def test_a_checkpoint_comes_back_whole_and_strangers_are_refused(tmp_path):
     for name, change in dict(huge=dict(hidden_size=8192 * 6, num_heads=1), deep=dict(depth=10 ** 9),
                              words=dict(depth="6"), many=dict(image_size=8192, patch_size=1, depth=512)).items():
         torch.save(dict(state, config=dict(state["config"], **change)), tmp_path / f"{name}.pt")
+    for name, tensor in dict(expanded=torch.zeros(1).expand(24, 256), turned=torch.zeros(256, 24).T).items():
+        wide = dict(state["ema"], **{"denoiser.time.0.weight": tensor})             # a byte could claim a terabyte
+        torch.save(dict(state, ema=wide), tmp_path / f"{name}.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    for name in ("shape", "code", "text", "huge", "deep", "words", "many", "list"):
+    for name in ("shape", "code", "text", "huge", "deep", "words", "many", "expanded", "turned", "list"):
         with pytest.raises(ValueError, match="is not a checkpoint of this program"):
             fsdm.load_model(tmp_path / f"{name}.pt")
     with pytest.raises(OSError, match="nothing.pt"):
         fsdm.load_model(tmp_path / "nothing.pt")
+
+
+def test_a_free_name_is_the_name_or_the_first_number_after_it_that_is_free(tmp_path):
+    names = []
+    for _ in range(3):
+        free = fsdm.free_name(tmp_path / "out")
+        names.append(free.name)
+        free.mkdir()
+    (tmp_path / "out_1").rmdir()
+    assert names == ["out", "out_1", "out_2"] and fsdm.free_name(str(tmp_path / "out")) == tmp_path / "out_1"
