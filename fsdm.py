@@ -932,7 +932,7 @@ def folder(path, size, download):
     """A folder of class folders, or train/ val/ test/ with class folders in them, under these or
     similar names. What is guessed is said."""
     root, folders = Path(path), folders_in(path)
-    if len(folders) == 1 and folders_in(folders[0]):
+    while len(folders) == 1 and folders_in(folders[0]) and not folders[0].is_symlink():
         print(f"{root} holds one folder only: the classes are taken to be those in {folders[0]}")
         root, folders = folders[0], folders_in(folders[0])
 

@@ -156,7 +156,8 @@ def test_the_context_of_an_empty_support_holds_nothing_of_the_support(encoder, m
         assert not vector[:, 1].any() and not mask[:, 1].any()
     else:                                                                   # all slots empty, that is zero
         zeros = model.encoder(torch.zeros_like(images[0]), sees)[0]
-        assert torch.equal(vector[:, 1], zeros[:, 0]) and not torch.equal(vector[:, 0], zeros[:, 0])
+        assert torch.allclose(vector[:, 1], zeros[:, 0], atol=1e-5)
+        assert not torch.allclose(vector[:, 0], zeros[:, 0], atol=1e-2)
 
 
 @pytest.mark.parametrize("encoder, mode", FLAVOURS)
@@ -532,7 +533,7 @@ def test_glyphs_are_what_they_promise():
 
 def test_sets_are_of_one_class_and_hold_no_image_twice():
     labels = np.repeat(np.arange(5), [6, 9, 7, 30, 6])
-    images = labels.astype(np.uint8)[:, None, None, None].repeat(2, 2)
+    images = labels.astype(np.uint8)[:, None, None].repeat(2, 1).repeat(2, 2)
     split = fsdm.read_split(images, labels, list("abcde"), [4, 0, 1, 3], 2, 1)
     assert split.names == list("abde") and split.largest == 30
     classes, _ = fsdm.draw_classes(split, 400, fsdm.rng("cpu", 0, 0))
@@ -669,10 +670,11 @@ def test_mnist_and_celeba_read_torchvisions_files(tmp_path, monkeypatch):
 
 
 def draw_folder(root, classes, images=3, size=(40, 30)):
-    for c, name in enumerate(classes):
+    for name in classes:
         (root / name).mkdir(parents=True)
         for i in range(images):
-            Image.new("RGB", size, (c * 20, i * 40, 0)).save(root / name / f"Image {i}.PNG")
+            red = (ord(name[-1]) - ord("a")) % 12 * 20
+            Image.new("RGB", size, (red, i * 40, 0)).save(root / name / f"Image {i}.PNG")
 
 
 def test_evaluation_classes_marked_by_numbers_are_never_trained_on(tmp_path):
@@ -751,7 +753,7 @@ def test_a_class_may_be_named_train(tmp_path):
 def test_loose_images_are_no_data_set(tmp_path):
     for i in range(4):
         Image.new("RGB", (9, 9)).save(tmp_path / f"{i}.png")
-    with pytest.raises(ValueError, match=r"0 class folder\(s\) \[\] and 4 loose images: expected a folder for each class"):
+    with pytest.raises(ValueError, match=r"0 class folder\(s\) \[\] and 4 loose files: expected a folder for each class"):
         fsdm.load_data(str(tmp_path), None, 16, 3)
 
 

@@ -54,19 +54,30 @@ def test_support_files_of_any_kind_become_images(ckpt, tmp_path):
     for i in range(3):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "images" / f"{i:05d}.png")), saved[i])
     assert Image.open(tmp_path / "out" / "grid.png").size == ((5 + 3) * 18 + 8, 18)
-    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def test_nothing_that_is_there_is_written_over_or_deleted(ckpt, tmp_path):
+    """A folder named as FFHQ names its images, whose files are the support, and the output of an earlier run."""
+    (tmp_path / "ds" / "images").mkdir(parents=True)
+    for i in range(10):
+        Image.new("RGB", (9, 9), (20 * i, 0, 0)).save(tmp_path / "ds" / "images" / f"{i:05d}.png")
+    before = {path: path.read_bytes() for path in (tmp_path / "ds").rglob("*.png")}
+    for _ in range(2):
+        sample.main(["--ckpt", ckpt, "--support", str(tmp_path / "ds" / "images" / "00003.png"), "--num", "4",
+                     "--steps", "2", "--out_dir", str(tmp_path / "ds")])
+    assert before == {path: path.read_bytes() for path in (tmp_path / "ds").rglob("*.png")}
+    assert (tmp_path / "ds_1" / "grid.png").read_bytes() == (tmp_path / "ds_2" / "grid.png").read_bytes()
+    assert len(list((tmp_path / "ds_2" / "images").iterdir())) == 4
 
 
 def test_sets_of_a_data_set_carry_their_labels(ckpt, tmp_path):
+    out = tmp_path / "out"
     sample.main(["--ckpt", ckpt, "--dataset", "glyphs", "--split", "test", "--sets", "3", "--num", "2", "--steps", "2",
-                 "--sampler", "ddim", "--eta", "0.5", "--out_dir", str(tmp_path)])
-    saved = np.load(tmp_path / "samples.npz", allow_pickle=False)
+                 "--sampler", "ddim", "--eta", "0.5", "--out_dir", str(out)])
+    saved = np.load(out / "samples.npz", allow_pickle=False)
     assert saved["arr_0"].shape == (6, 8, 8, 3) and len(saved["labels"]) == 6
     assert saved["labels"][0] == saved["labels"][1] != saved["labels"][2]
-    assert len(list((tmp_path / "images").iterdir())) == 6
-    sample.main(["--ckpt", ckpt, "--dataset", "glyphs", "--sets", "1", "--num", "2", "--steps", "2",
-                 "--out_dir", str(tmp_path)])
-    assert [path.name for path in sorted((tmp_path / "images").iterdir())] == ["00000.png", "00001.png"]
+    assert len(list((out / "images").iterdir())) == 6
 
 
 def test_the_grid_shows_the_support_left_of_the_bar():
@@ -81,7 +92,7 @@ def test_the_grid_shows_the_support_left_of_the_bar():
 def test_the_questions_are_fair():
     """No reference or other image is a support image; the same seed asks the same; each class answers in turn."""
     labels = np.repeat(np.arange(7), 20)
-    split = fsdm.make_split(np.zeros((140, 3, 8, 8), np.uint8), labels, list("abcdefg"), range(7))
+    split = fsdm.read_split(np.zeros((140, 8, 8), np.uint8), labels, list("abcdefg"), range(7), 8, 1)
     questions = sample.draw_questions(split, 5, 35, seed=3)
     support, reference, other = (set(q.flatten().tolist()) for q in questions)
     assert len(support) == len(reference) == len(other) == 35
@@ -91,10 +102,11 @@ def test_the_questions_are_fair():
     assert sorted(labels[questions[0][:, 0]]) == list(range(7))             # 35 / 5 sets, every class once
     assert all(torch.equal(a, b) for a, b in zip(questions, sample.draw_questions(split, 5, 35, seed=3)))
     assert not torch.equal(questions[0], sample.draw_questions(split, 5, 35, seed=4)[0])
-    shared = sample.draw_questions(split, 5, 35, seed=3, shared_pool=True)
-    assert set(shared[1].flatten().tolist()) & set(shared[0].flatten().tolist())
+    support, reference, other = (set(q.flatten().tolist())
+                                 for q in sample.draw_questions(split, 5, 35, seed=3, shared_pool=True))
+    assert support & reference and not reference & other                    # only support and references share a pool
     assert len(sample.draw_questions(split, 2, 1000, seed=0)[0]) == 14      # as many as 20 images a class allow
-    with pytest.raises(ValueError, match="24 images"):
+    with pytest.raises(ValueError, match="every 24 images"):
         sample.draw_questions(split, 6, 12, seed=0)
 
 
@@ -111,8 +123,8 @@ def test_the_unconditional_baseline_answers_the_same_questions(tmp_path):
     torch.save(dict(config=dataclasses.asdict(config), ema=model.state_dict()), tmp_path / "ckpt.pt")
     weights = random_inception(tmp_path / "w.pth", 64)
     sample.main(["--ckpt", str(tmp_path / "ckpt.pt"), "--dataset", "glyphs", "--evaluate", "--num", "12", "--k", "3",
-                 "--steps", "2", "--fid_weights", weights, "--fid_dims", "64", "--out_dir", str(tmp_path)])
-    assert json.load(open(tmp_path / "scores.json"))["test"]["generated"]["kid"] > 0
+                 "--steps", "2", "--fid_weights", weights, "--fid_dims", "64", "--out_dir", str(tmp_path / "out")])
+    assert json.load(open(tmp_path / "out" / "scores.json"))["test"]["generated"]["kid"] > 0
 
 
 def test_the_right_class_is_counted_among_twenty_at_a_time():
@@ -127,15 +139,16 @@ def test_the_right_class_is_counted_among_twenty_at_a_time():
 def test_the_evaluation_tells_the_ends_of_the_scale_apart(ckpt, tmp_path, capsys):
     weights = random_inception(tmp_path / "w.pth", 64)
     sample.main(["--ckpt", ckpt, "--dataset", "glyphs", "--evaluate", "--num", "24", "--k", "3", "--steps", "2",
-                 "--fid_weights", weights, "--fid_dims", "64", "--out_dir", str(tmp_path)])
-    report = json.load(open(tmp_path / "scores.json"))
+                 "--fid_weights", weights, "--fid_dims", "64", "--out_dir", str(tmp_path / "out")])
+    report = json.load(open(tmp_path / "out" / "scores.json"))
     for split in ("train", "test"):
         rows = report[split]
-        assert rows["images"] == 24 and rows["support returned"]["nearest_support"] < 1e-3
+        assert rows["recipe"]["images"] == 24 and rows["support returned"]["nearest_support"] < 1e-3
         assert rows["other real images"]["nearest_support"] > 0 and rows["generated"]["nearest_support"] > 0
         assert rows["other real images"]["kid"] < rows["generated"]["kid"]  # this model was never trained
-    assert report["recipe"]["seed"] == 0 and report["recipe"]["k"] == 3 and report["recipe"]["steps"] == 2
-    assert report["recipe"]["protocol"] == "references disjoint from supports"
+    recipe = report["test"]["recipe"]
+    assert recipe["seed"] == 0 and recipe["k"] == 3 and recipe["steps"] == "2" and recipe["guidance"] == "2.0"
+    assert recipe["protocol"] == "references disjoint from the supports" and report["recipe"]["model"]["depth"] == 2
     assert "unseen classes" in capsys.readouterr().out
 
 
