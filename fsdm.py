@@ -11,9 +11,11 @@ denoiser of Peebles and Xie (2022).
 
 This file is the whole method and has no side effects when imported. Its rooms: configuration,
 transformer parts, set encoders, denoisers, diffusion, samplers, sets, data, files and machine.
-Words: the support is the images of a class that are given, a target the image to generate, the
-context what the encoder makes of the support. A comment at the end of a line is the shape of what
-the line made.
+
+Words: a set is some images of one class. The support is the images of a set that are given, a target
+the image to generate, and the context what the encoder makes of the support. VFSDDPM is the system
+that this one grew out of; from it come film, a context that is one vector, and lag, a context that
+has tokens as well. A comment at the end of a line is the shape of what the line made.
 """
 import argparse
 import dataclasses
@@ -68,7 +70,7 @@ class Config:
     vary_support: bool = False           # train on 1 .. sample_size - 1 of the others, not on all
     diffusion_steps: int = 250           # T
     schedule: str = "linear"             # linear or cosine: how alpha_bar falls with t
-    prediction: str = "noise"            # the network's output, a key of PREDICTIONS: noise or v
+    prediction: str = "noise"            # the network's output, a key of PREDICTIONS
 
     def __post_init__(self):
         """Raises ValueError with one sentence that names the field when the values make no sense."""
@@ -81,8 +83,8 @@ class Config:
                       mlp_ratio=(0.01, 64), context_dropout=(0, 0.99))
         for field in dataclasses.fields(self):
             name, kind, value = field.name, field.type, getattr(self, field.name)
-            whole = kind is float and type(value) is int
-            need(whole or type(value) is kind, f"{name} is {value!r}: expected {kind.__name__}")
+            as_float = kind is float and type(value) is int
+            need(as_float or type(value) is kind, f"{name} is {value!r}: expected {kind.__name__}")
             if kind in (int, float):
                 low, high = limits.get(name, (1, 8192))
                 need(low <= value <= high, f"{name} is {value}: expected {low} .. {high}")
@@ -173,12 +175,14 @@ class Attention(nn.Module):
 
     def keys_values(self, tokens):
         """Context tokens [B, M, context_width] -> [B, M, 2, heads, d], the same at every time."""
-        if self.context_kv is not None:
-            return self.context_kv(tokens).unflatten(2, (2, self.heads, -1))
+        if self.context_kv is None:                         # under film
+            return None
+        return self.context_kv(tokens).unflatten(2, (2, self.heads, -1))
 
     def forward(self, x, keys_values=None, mask=None):
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))         # [B * n, N, 3, heads, d]
-        q, kv, look = qkv[:, :, 0], qkv[:, :, 1:], None
+        q, kv = qkv[:, :, 0], qkv[:, :, 1:]
+        look = None
         if keys_values is not None:
             context = keys_values.repeat_interleave(mask.shape[1], 0)       # [B * n, M, 2, heads, d]
             kv = torch.cat([kv, context], 1)                # [B * n, N + M, 2, heads, d]
@@ -206,7 +210,7 @@ def pad_head(h):
 
 
 def cpu_kernel(k):
-    """torch's fast kernel for CPUs is made for long rows: backward over k [B, heads, M, d] with 36
+    """-> a context manager. torch's fast kernel for CPUs is made for long rows: backward over k [B, heads, M, d] with 36
     tokens takes it five times as long as plain products, with 160 still 1.5 times (bf16)."""
     short = k.device.type == "cpu" and k.shape[2] < 256 and torch.is_grad_enabled()
     return sdpa_kernel(SDPBackend.MATH) if short else nullcontext()
@@ -236,10 +240,10 @@ def unpatchify(x, p):
 
 
 def position_table(tokens, width):
-    """-> [tokens, width], the start of a learned table: sines and cosines of row and column on one
-    16 x 16 map whatever the patch size, so that a target's patch finds the same place in the
+    """-> [tokens, width], the start of a learned table: sines and cosines of row and column. These run
+    from 0 to 16 whatever the patch size, so that a target's patch finds the same place in the
     support from the first step on."""
-    if width % 4:                               # 450 wide: no room for four of each
+    if width % 4:                               # 450 wide, as the preset wide
         return torch.randn(tokens, width) * 0.02
     side = math.isqrt(tokens)
     place = (torch.arange(side) + 0.5) * (16 / side)
@@ -385,7 +389,7 @@ class Posterior(nn.Module):
 
 
 def context_noise_shape(config, targets, images):
-    """-> (n + M, hdim), the shape of a set's noise for a Posterior."""
+    """How many of each a set has -> (n + M, hdim), the shape of its noise for a Posterior."""
     groups = images if config.encoder == "image" else targets
     tokens = (config.image_size // config.encoder_patch_size) ** 2
     if config.mode_conditioning == "film":
@@ -394,7 +398,7 @@ def context_noise_shape(config, targets, images):
 
 
 # ---- Denoisers: noisy targets x [B, n, C, H, W], their times t [B, n], the context of their sets
-# -> noise or v, shaped like x.
+# -> its prediction, noise or v, shaped like x.
 
 class Context(NamedTuple):
     """What a DiT is told about the support of B sets with n targets each."""
@@ -495,7 +499,8 @@ DENOISERS = {"dit": DiT, "conv": DilatedConv}
 def linear_schedule(T):
     """-> alpha_bar, float64 [T]: beta from 1e-4 to 2e-2 at T = 1000 (DDPM, section 4), scaled by
     1000 / T: pure noise at the end at every T."""
-    # unscaled, T = 250 would end at alpha_bar = 0.08: sampling from N(0, I) could never be right
+    # unscaled, T = 250 would end at alpha_bar = 0.08: sampling from N(0, I) could never be right;
+    # on the CPU also where load_model builds a model without memory, on the meta device
     beta = torch.linspace(1e-4, 2e-2, T, dtype=torch.float64, device="cpu") * (1000 / T)
     return (1 - beta.clamp(max=0.999)).cumprod(0)           # clamps only below T = 21
 
@@ -510,6 +515,9 @@ def cosine_schedule(T):
 
 SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
 
+
+# target: what the network learns to output; to_x0: its inverse, affine in `out`, so that guidance may
+# mix outputs of any kind. Losses compare only within one kind.
 
 class PredictNoise:
     """DDPM, eq. 14 and 15."""
@@ -557,8 +565,8 @@ class FSDM(nn.Module):
         self.posterior = Posterior(config.hdim) if variational else None
         self.denoiser = DENOISERS[config.denoiser](config)
         self.prediction = PREDICTIONS[config.prediction]
-        self.schedule = SCHEDULES[config.schedule](config.diffusion_steps)  # float64 [T], on the CPU
-        self.register_buffer("alpha_bar", self.schedule.float(), persistent=False)
+        self.alpha_bar64 = SCHEDULES[config.schedule](config.diffusion_steps)       # for samplers, on the CPU
+        self.register_buffer("alpha_bar", self.alpha_bar64.float(), persistent=False)
 
     def read(self, images, sees, noise=None):
         """Images [B, K, C, H, W] in [-1, 1], and who sees whom, bool [B, n, K] -> Context, or None
@@ -609,7 +617,8 @@ class FSDM(nn.Module):
 
 
 # ---- Samplers: from noise x, of any shape, to x0. denoise(x, t, alpha, sigma) -> the predicted x0;
-# alpha_bar float64 [T]; draw() -> noise like x. Each makes `steps` evaluations, and the last returns x0.
+# alpha_bar float64 [T]; draw() -> noise like x. Each calls denoise `steps` times, and the last time
+# returns what it said.
 
 def noise_levels(times, alpha_bar):
     """Sequences of one length -> [(t, alpha, sigma)], numbers."""
@@ -627,8 +636,8 @@ def even_times(alpha_bar, steps):
 
 
 def even_log_snr(alpha_bar, steps):
-    """-> [(t, alpha, sigma)], evenly spaced in log(alpha / sigma) from t = T - 1 down to 0, and that
-    spacing, h. Times may lie between two of the trained ones."""
+    """-> [(t, alpha, sigma)], evenly spaced in log(alpha / sigma) from t = T - 1 down to 0, and h, the
+    space between two. Times may lie between two of the trained ones."""
     log_snr = alpha_bar.logit().numpy() / 2                 # [T], falling
     first, last = log_snr[-1], log_snr[0]
     levels = np.linspace(first, last, steps)
@@ -687,24 +696,22 @@ def generate(model, support, n, sampler="2m_sde", steps=20, guidance=None, seed=
     guidance = best_guidance(model.config) if guidance is None else guidance
     check_request(model, support, guidance, draw_context)
     S, K, *picture = support.shape
+    # with guidance an image is two targets, one that sees its support and one that sees nothing
     targets = 1 if guidance == 1 or model.encoder is None else 2
     made = []
     for numbers in torch.arange(S * n).split(batch_size):
-        images = to_signal(support[numbers // n])           # [B, K, C, H, W], a set an image
+        images = to_signal(support[numbers // n])           # [B, K, C, H, W], each image's own support
         sees = torch.ones(len(images), targets, K, dtype=torch.bool, device=images.device)
-        sees[:, 1:] = False                                 # a second target sees nothing
+        sees[:, 1:] = False
         draw = image_noise(seed, SAMPLING, numbers, (1, *picture), images.device)
         context_noise = None
         if draw_context:
             shape = context_noise_shape(model.config, targets, K)
             context_noise = image_noise(seed, CONTEXT, numbers, shape, images.device)()
-
-        def denoise(x, t, alpha, sigma):
-            return model.denoise(x, t, alpha, sigma, context, guidance)
-
         with autocast(images.device, dtype):
             context = model.read(images, sees, context_noise)       # once, not at every step
-            x = SAMPLERS[sampler](denoise, draw(), model.schedule, steps, draw, **options)
+            denoise = partial(model.denoise, context=context, guidance=guidance)
+            x = SAMPLERS[sampler](denoise, draw(), model.alpha_bar64, steps, draw, **options)
         made.append(to_bytes(x))
     return torch.cat(made).view(S, n, *picture)
 
@@ -721,8 +728,8 @@ def image_noise(seed, stream, numbers, shape, device):
 
 
 def best_guidance(config):
-    """2 draws what was shown half as often again as 1, at the same KID (RESULTS.md); it takes a model
-    that was trained without support now and then."""
+    """2: its samples are the class that was shown 1.5 times as often as with 1, at the same KID
+    (RESULTS.md). It takes a model that was trained without support now and then."""
     return 2.0 if config.context_dropout and config.encoder != "none" else 1.0
 
 
@@ -742,8 +749,9 @@ def check_request(model, support, guidance, draw_context):
 
 
 # ---- Sets: one uint8 tensor of images sorted by class, on the device; a batch of sets is an index into it.
-# Randomness has an address: the seed, a stream, then step and part, or an image's number. So a resumed
-# run repeats nothing and saves nothing, and an image does not depend on the batch it was made in.
+# Randomness has an address: the seed, a stream, then step and part, or an image's number. So checkpoints
+# hold no state of a generator, a resumed run draws what the run that never stopped would have drawn,
+# and an image does not depend on the batch that it was made in.
 
 SAMPLING, TRAINING, VALIDATION, PICTURE, EVALUATION, SETS, CONTEXT, GLYPHS = *range(1, 8), 71
 
@@ -780,7 +788,7 @@ def draw_sets(split, classes, size, generator):
     place = torch.arange(split.largest, device=first.device)
     keys = torch.rand(len(classes), split.largest, generator=generator, device=first.device)
     keys = keys.masked_fill(place >= count, -1)             # a smaller class has no such image
-    return first + keys.topk(size).indices
+    return first + keys.topk(size).indices                  # the largest keys: drawn without repeats
 
 
 def leave_one_out(sets, size, generator, vary=False, dropout=0.0):

@@ -37,7 +37,7 @@ from fsdm import FSDM, PICTURE, TRAINING, VALIDATION, Config, autocast, rng, wri
 # ---- The command line: every field of Run is a flag, and so is every field of Config.
 # What is None here takes its value from the recipe of the preset.
 
-PATIENCE = 50                           # gradients in a row that may be not finite
+PATIENCE = 50                           # gradients in a row that may be not finite, seen at log lines
 SAVE_SECONDS = 300                      # at most so long between two checkpoints
 
 
@@ -61,7 +61,7 @@ class Run:
     kl_weight: float = 1e-6         # of a variational context's KL in the loss
     ema_decay: float = None         # of the averaged weights, after their warm-up
     max_steps: int = None           # no limit with max_hours alone; 0: the table of sizes
-    max_hours: float = None         # end, with all saved, within so many hours of this run
+    max_hours: float = None         # end, with all saved, so many hours after the start of this command
     log_interval: int = None        # steps between log lines; half a minute at most
     save_interval: int = None       # steps between pictures; it saves every 5 minutes too
     num_eval_batches: int = 10      # batches of unseen classes in a validation
@@ -187,7 +187,8 @@ def orthogonalize(x, dtype):
 
 class AdamW(torch.optim.AdamW):
     def step(self, kept):
-        self.found_inf = 1 - kept                           # fused, torch looks at it on the device
+        # GradScaler's way to tell a fused optimizer, on the device, to do nothing
+        self.found_inf = 1 - kept
         super().step()
 
 
@@ -219,8 +220,8 @@ def draw_batch(split, sets, config, generator):
 
 
 def learning_rate(peak, step, warmup_steps, progress, cooldown):
-    """step counts from 0; progress: the share of the run that is done, 0 .. 1 -> up to the peak over
-    the first steps, down to 0 over the last share of the run."""
+    """Rises to the peak over the first steps, and falls to 0 over the last share of the run. step
+    counts from 0; progress, 0 .. 1, is the share of the run that is done."""
     return peak * min(1, (step + 1) / max(1, warmup_steps), (1 - progress) / max(1e-9, cooldown))
 
 
@@ -242,12 +243,13 @@ class Training:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         # since the last log line: the sums of loss, KL and gradient norm, steps kept, steps skipped
         self.totals = torch.zeros(5, device=device)
+        self.norm = torch.zeros((), device=device)          # of the last gradient, before clipping
 
     def step(self, batches, lr, step):
         """Updates the model by the mean gradient of `args.accumulate` batches. Waits for no GPU."""
         args, parameters = self.args, list(self.model.parameters())
 
-        # the loss and its gradient; DDP averages gradients with the last part
+        # the loss and its gradient; DDP, if there is one, averages gradients with the last part
         self.model.zero_grad()
         loss = torch.zeros(2, device=self.device)
         for part, batch in enumerate(batches, 1):
@@ -349,8 +351,8 @@ def parameter_table(model):
 @torch.no_grad()
 def validate(model, split, sets, batches, seed, dtype):
     """Loss on unseen classes with fixed sets, times and noise, and the context gain: how much larger
-    the loss is when each set is generated from the context of another class; for each fifth of the
-    times as well, low t first -> dict of floats, and of a list of five. A gain is None with one class."""
+    the loss is when each set is generated from the context of another class (None when there is only
+    one); and that gain for each fifth of the times, low t first."""
     config, device = model.config, split.images.device
     K, shape = config.sample_size, split.images.shape[1:]
     own, other, times = [], [], []                          # [B, K] of every batch
@@ -510,15 +512,19 @@ def largest(number):
     return number.item()
 
 
+def wait_for_all():
+    largest(0)
+
+
 def load_data(args, config, rank):
     """-> {"train": Split, "val": Split} on the CPU; with --download the first process fetches it
     while the others wait."""
     if rank > 0 and args.download:
-        largest(0)
+        wait_for_all()
     data = fsdm.load_data(args.dataset, args.data_dir, config.image_size, config.in_channels,
                           args.download, ("train", "val"))
     if rank == 0 and args.download:
-        largest(0)
+        wait_for_all()
     fsdm.check_data(data, config.sample_size)
     return data
 
@@ -528,7 +534,7 @@ def begin(training, out, args, rank):
     ckpt = source = out / "ckpt.pt"
     if args.restart and rank == 0 and ckpt.exists():
         print(f"the run that was in {out} is now in {out.rename(fsdm.free_name(out))}")
-    largest(0)                                              # every process sees the same out_dir now
+    wait_for_all()                                          # now each sees the same out_dir
     if args.resume and not ckpt.exists():
         source = Path(args.resume)
     if not source.exists() and not args.resume:
@@ -648,13 +654,13 @@ def main(argv=None):
             except OSError as error:
                 if progress >= 1:
                     raise
-                log(f"step {step:>7,}  not saved: {error}; {ckpt} is as it was and training goes on",
-                    step=step)
+                log(f"step {step:>7,}  checkpoint or picture not written: {error}; the last {ckpt} is "
+                    "whole and training goes on", step=step)
             saved_at = time.time()
             save_seconds = max(save_seconds, saved_at - began)
-            line_at += saved_at - began                     # nor is saving
+            line_at += saved_at - began                     # saving is not training speed either
 
-    largest(0)                                              # nobody leaves before the last save
+    wait_for_all()                                          # nobody leaves before the last save
     more = " with a larger --max_steps" if step >= args.max_steps else ""
     print(f"stopped at step {step:,} after {(time.time() - started) / 60:.1f} minutes; the same "
           f"command{more} goes on, python sample.py --ckpt {ckpt} --support IMAGES generates")

@@ -28,7 +28,7 @@ def growing_support(model, pictures):
 def denoising(model, pictures):
     """uint8 [S, K, C, H, W] -> the picture, a row a class, columns evenly from the first evaluation to the last."""
     seen, denoise = [], model.denoise
-    model.denoise = lambda *args: seen.append(denoise(*args)) or seen[-1]
+    model.denoise = lambda *args, **how: seen.append(denoise(*args, **how)) or seen[-1]
     fsdm.generate(model, pictures, 1, guidance=2.0)
     model.denoise = denoise
     kept = torch.linspace(0, len(seen) - 1, N).round().long()
