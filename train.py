@@ -322,9 +322,8 @@ class Training:
             self.model.load_state_dict(saved["model"])
             self.ema.load_state_dict(saved["ema"])
             for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-                for group in optimizer.param_groups:
-                    group["weight_decay"] = self.args.weight_decay  # as asked for now
+                groups = optimizer.state_dict()["param_groups"]     # as asked for now, on this device
+                optimizer.load_state_dict(dict(state, param_groups=groups))
             if saved["scaler"]:                             # empty: saved where none was needed
                 self.scaler.load_state_dict(saved["scaler"])
             self.totals.copy_(saved["totals"])
