@@ -136,7 +136,7 @@ class Inception(nn.Sequential):
             raise FIDError(f"weights {path} are torchvision's for ImageNet: take {URL}")
 
     def fold(self):
-        """BatchNorm into the convolutions, weights channels last: the same features, 18% faster on a CPU."""
+        """BatchNorm into the convolutions, weights channels last: the same features, a fifth faster on a CPU."""
         for module in self.modules():
             if isinstance(module, BasicConv2d):
                 conv = nn.utils.fuse_conv_bn_eval(module.conv.double(), module.bn.double())

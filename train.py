@@ -130,9 +130,12 @@ def parse_args(argv=None):
     shape = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}
     shape = {name: value for name, value in shape.items() if value is not None}
     try:
-        return args, Config(**{**fsdm.PRESETS[args.preset], **shape})
+        config = Config(**{**fsdm.PRESETS[args.preset], **shape})
     except ValueError as error:
         p.error(str(error))
+    if config.hdim < config.hidden_size and config.encoder != "none":
+        print(f"warning: hdim {config.hdim} below hidden_size {config.hidden_size} is a bottleneck")
+    return args, config
 
 
 # ---- Optimizers: Muon for the matrices inside the blocks, AdamW for all the rest.
@@ -548,8 +551,6 @@ def main(argv=None):
     args, config = parse_args(argv)
     torch.manual_seed(args.seed)                            # of the first weights
     model = FSDM(config)
-    if config.hdim < config.hidden_size and config.encoder != "none":
-        print(f"warning: hdim {config.hdim} below hidden_size {config.hidden_size} is a bottleneck")
     if args.max_steps == 0:
         print(parameter_table(model))
         return
@@ -615,11 +616,14 @@ def main(argv=None):
         # how much of the run is done: of its steps or of its time, whichever is more
         elapsed = time.time() - started
         limit = args.max_hours * 3600 - 1.5 * save_seconds if args.max_hours else math.inf
-        spent = elapsed / limit if limit > 0 else 1
-        progress = largest(1 if stop else max(step / args.max_steps, spent))
+        shown = step % args.save_interval == 0
+        due = shown or time.time() - saved_at > SAVE_SECONDS
+        over = stop or elapsed + due * save_seconds > limit     # no time for this save and the last
+        progress = largest(1 if over else max(step / args.max_steps, elapsed / limit))
         if step == first + 1 and compiled:
             print(f"the first step took {time.time() - line_at:.0f} s", flush=True)
-            line_at, line_step = time.time(), step          # compiling is not training speed
+            if step % args.log_interval:
+                line_at, line_step = time.time(), step      # compiling is not training speed
 
         # log
         if rank == 0 and (step % args.log_interval == 0 or time.time() - line_at > 30):
@@ -643,18 +647,18 @@ def main(argv=None):
                                  f"{ckpt} is as it was")
 
         # save, and look
-        shown = step % args.save_interval == 0 or progress >= 1
-        if rank == 0 and (shown or time.time() - saved_at > SAVE_SECONDS):
-            began = time.time()
+        began, last = time.time(), progress >= 1
+        if rank == 0 and (due or last):
             try:
                 training.save(ckpt, step)
-                if shown:
+                if shown or last:
                     look(training, data["val"], step, sets, inception, log)
             except OSError as error:
-                if progress >= 1:
+                if last:
                     raise
                 log(f"step {step:>7,}  checkpoint or picture not written: {error}; the last {ckpt} is "
                     "whole and training goes on", step=step)
+        if due:
             saved_at = time.time()
             save_seconds = max(save_seconds, saved_at - began)
             line_at += saved_at - began                     # saving is not training speed either

@@ -183,7 +183,8 @@ def test_a_run_uses_its_hours_and_has_cooled_down(glyph_file, tmp_path, monkeypa
     saved = run(glyph_file, tmp_path, "--max_hours", "0.1", "--cooldown", "0.4", "--log_interval", "1000",
                 "--save_interval", str(save_interval), "--num_eval_batches", "1")
     assert ends[0] < clock.now < ends[1]
-    assert all(group["lr"] < 0.05 * 3e-3 for o in saved["optimizers"] for group in o["param_groups"])
+    most = 0.05 + save / 300 / 0.4                                          # but for the time that one save takes
+    assert all(group["lr"] < most * 3e-3 for o in saved["optimizers"] for group in o["param_groups"])
     told = [record["seconds"] for record in records(tmp_path, "loss")]      # 1000 steps never fit: by the half minute
     assert len(told) >= 5 and all(30 < b - a < 31 + step + save for a, b in itertools.pairwise([0, *told]))
 
@@ -253,6 +254,8 @@ def test_a_step_that_is_not_finite_leaves_no_trace_but_is_counted(split, dtype, 
         return torch.full_like(gradient, 1e38)
 
     (training, config), (twin, _) = (begin("--optimizer", optimizer, dtype=dtype) for _ in range(2))
+    for each in (training, twin):                                           # at 2^16 honest gradients overflow here
+        each.scaler = torch.amp.GradScaler("cpu", 2.0 ** 8, enabled=dtype == torch.float16)
     open_gates(training.model)
     twin.model.load_state_dict(training.model.state_dict())
     spoilt = [training.model.denoiser.blocks[0].mlp[0].weight]              # one optimizer's, if there are two
@@ -273,7 +276,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace_but_is_counted(split, dtype, 
         assert not kill.same(after[0], training.model.state_dict())
     assert training.totals[3:].tolist() == [2, 2]
     if dtype == torch.float16:                                              # a scale goes its own way
-        assert training.scaler.get_scale() == 2.0 ** (16 if fault == "the norm overflows" else 14)
+        assert training.scaler.get_scale() == 2.0 ** (8 if fault == "the norm overflows" else 6)
     else:
         training.totals[4] = 0
         assert training.scaler.get_scale() == 1 and kill.same(state(training), state(twin))
