@@ -554,9 +554,9 @@ def parse_args(argv=None):
                    help="folder of images, .npz of uint8 images ('arr_0' or 'images') or of statistics")
     p.add_argument("fake", nargs="?",
                    help="the same, for the images to judge; left out with --save_stats")
-    p.add_argument("--dims", type=int, default=2048, choices=sorted(Inception.last_layer),
+    p.add_argument("--dims", "--fid_dims", type=int, default=2048, choices=sorted(Inception.last_layer),
                    help="features; 2048 is the standard")
-    p.add_argument("--weights",
+    p.add_argument("--weights", "--fid_weights",
                    help="Inception weights; default: torch's hub cache, else a download")
     p.add_argument("--num", type=int,
                    help="measure this many images a side, spread over all; default: all")

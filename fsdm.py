@@ -15,7 +15,8 @@ transformer parts, set encoders, denoisers, diffusion, samplers, sets, data, fil
 Words: a set is some images of one class. The support is the images of a set that are given, a target
 the image to generate, and the context what the encoder makes of the support. VFSDDPM is the system
 that this one grew out of; from it come film, a context that is one vector, and lag, a context that
-has tokens as well. A comment at the end of a line is the shape of what the line made.
+has tokens as well. A comment at the end of a line is the shape of what the line made, on a `def`
+the shapes of its arguments.
 """
 import argparse
 import dataclasses
@@ -60,10 +61,10 @@ class Config:
     mlp_ratio: float = 4.0               # width of the DiT's MLP over hidden_size
     fourier_features: bool = False       # show the DiT sines of its input: faint noise, made visible
     depthwise_conv: bool = False         # a 3x3 depthwise convolution in front of every DiT block
-    encoder: str = "stacked"             # what reads the support: stacked, image or none
+    encoder: str = "stacked"             # what reads the support, a key of ENCODERS, or none
     encoder_depth: int = 6               # blocks of the set encoder
     encoder_patch_size: int = 2          # pixels a side of one context token
-    hdim: int = 384                      # width of the set encoder and of the context
+    hdim: int = 384                      # width of the set encoder and of its context
     mode_conditioning: str = "film"      # film: the context is a vector; lag: it has tokens as well
     mode_context: str = "deterministic"  # or variational: drawn from a Gaussian held near N(0, I)
     context_dropout: float = 0.0         # share of targets trained without support, for guidance
@@ -78,7 +79,7 @@ class Config:
             if not ok:
                 raise ValueError(sentence)
 
-        # the upper ends are far above any use: a stranger's checkpoint must not take all memory
+        # the upper ends are far above any use
         limits = dict(depth=(1, 512), encoder_depth=(0, 512), diffusion_steps=(2, 100_000),
                       mlp_ratio=(0.01, 64), context_dropout=(0, 0.99))
         for field in dataclasses.fields(self):
@@ -109,7 +110,7 @@ class Config:
                                         "image is generated from the others")
 
 
-# what made models use their support (README, How it differs)
+# what made models use their support: tokens to attend to, and weight on the noisy times
 FEW_SHOT = dict(encoder="image", mode_conditioning="lag", context_dropout=0.1, vary_support=True,
                 depthwise_conv=True, fourier_features=True, schedule="cosine", prediction="v")
 PRESETS = {
@@ -130,7 +131,8 @@ PRESETS = {
 
 
 # ---- Transformer parts, of which encoders and denoiser are built. Each layer chooses its first weights.
-# B images, N tokens of an image, D width, d width of a head, p pixels a side of a patch.
+# B images, or B sets of n targets where it says so; N tokens of an image, M of a context, D width, d
+# width of a head, p pixels a side of a patch.
 
 class Linear(nn.Linear):
     """Begins with Xavier's weights and a bias of zero, as in DiT."""
@@ -210,8 +212,9 @@ def pad_head(h):
 
 
 def cpu_kernel(k):
-    """-> a context manager. torch's fast kernel for CPUs is made for long rows: backward over k [B, heads, M, d] with 36
-    tokens takes it five times as long as plain products, with 160 still 1.5 times (bf16)."""
+    """-> a context manager. torch's fast kernel for CPUs is made for long rows: backward over k
+    [B, heads, M, d] with 36 tokens takes it five times as long as plain products, with 160 still 1.5
+    times (bf16)."""
     short = k.device.type == "cpu" and k.shape[2] < 256 and torch.is_grad_enabled()
     return sdpa_kernel(SDPBackend.MATH) if short else nullcontext()
 
@@ -243,7 +246,7 @@ def position_table(tokens, width):
     """-> [tokens, width], the start of a learned table: sines and cosines of row and column. These run
     from 0 to 16 whatever the patch size, so that a target's patch finds the same place in the
     support from the first step on."""
-    if width % 4:                               # 450 wide, as the preset wide
+    if width % 4:                               # the preset wide: no room for sin, cos of both
         return torch.randn(tokens, width) * 0.02
     side = math.isqrt(tokens)
     place = (torch.arange(side) + 0.5) * (16 / side)
@@ -303,7 +306,9 @@ class DiTBlock(nn.Module):
 # sees, bool [B, n, K]: target i of a set is generated from image j of it. In training the targets are
 # the images themselves (n = K), and no target sees itself. An encoder returns for every target a vector
 # [B, n, D], for every set M tokens [B, M, D], and mask, bool [B, n, M]: the tokens that a target may
-# look at. A target that sees nothing has a context too, the empty one; guidance leads away from it.
+# look at. A target that sees nothing, a row of sees that is all False, has a context too, the empty
+# one; guidance leads away from it. groups: how often an encoder makes the tokens of one image for a
+# set, M = groups * N.
 
 class ViT(nn.Module):
     """Dosovitskiy et al. 2021, without a head: images [B, channels, H, W] -> [B, N, D]; with a CLS
@@ -329,6 +334,10 @@ class ImageEncoder(nn.Module):
     """Reads each image by itself, once, whoever will look at it: the order never matters, any
     number of images works, and leaving a target out is a mask. The vector is the mean over all
     patches of the seen images, zero for none."""
+    @staticmethod
+    def groups(targets, images):
+        return images
+
     def __init__(self, config):
         super().__init__()
         self.vit = ViT(config, config.in_channels)
@@ -346,6 +355,10 @@ class StackedEncoder(nn.Module):
     """VFSDDPM's sViT: the images of a set stacked on channels, so the order matters. Every target
     needs a pass of its own; the images it sees fill the first slots, zeros the others. The vector
     is the CLS token's, and a target looks only at the tokens of its own pass."""
+    @staticmethod
+    def groups(targets, images):
+        return targets
+
     def __init__(self, config):
         super().__init__()
         self.slots = config.sample_size
@@ -390,11 +403,10 @@ class Posterior(nn.Module):
 
 def context_noise_shape(config, targets, images):
     """How many of each a set has -> (n + M, hdim), the shape of its noise for a Posterior."""
-    groups = images if config.encoder == "image" else targets
     tokens = (config.image_size // config.encoder_patch_size) ** 2
     if config.mode_conditioning == "film":
         tokens = 0
-    return targets + groups * tokens, config.hdim
+    return targets + ENCODERS[config.encoder].groups(targets, images) * tokens, config.hdim
 
 
 # ---- Denoisers: noisy targets x [B, n, C, H, W], their times t [B, n], the context of their sets
@@ -555,7 +567,8 @@ def to_bytes(x):
 
 
 class FSDM(nn.Module):
-    """A set encoder and a denoiser. forward is the training loss; read and denoise serve samplers."""
+    """A set encoder and a denoiser. forward is what a loss is made of; read and denoise are for
+    samplers."""
     def __init__(self, config):
         super().__init__()
         few_shot = config.encoder != "none"
@@ -582,7 +595,7 @@ class FSDM(nn.Module):
         return Context(vector, self.denoiser.keys_values(tokens), mask, kl)
 
     def forward(self, images, sees, t, noise, context_noise=None, support=None):
-        """The training loss. All randomness comes in, so it compiles whole.
+        """Errors of all images of the sets. All randomness comes in, so it compiles whole.
 
         images uint8 [B, K, C, H, W], sees bool [B, K, K], t int [B, K], noise like the images;
         support: other images to read the context from, to see what it is worth
@@ -800,10 +813,11 @@ def leave_one_out(sets, size, generator, vary=False, dropout=0.0):
     keys = torch.rand(shape, generator=generator, device=device)
     keys = keys.masked_fill(own, 2)     # a target's own image ranks last, so it is never among the seen
     rank = keys.argsort(2).argsort(2)
+    # of twice the range, cut at its end: all the others more than half the time
     count = torch.randint(1, max(2, 2 * size - 1), (sets, size, 1), generator=generator, device=device)
-    count = count.clamp(max=size - 1) if vary else size - 1         # all of them more than half the time
-    kept = torch.rand(sets, size, 1, generator=generator, device=device) >= dropout
-    return (rank < count) & kept
+    count = count.clamp(max=size - 1) if vary else size - 1
+    dropped = torch.rand(sets, size, 1, generator=generator, device=device) < dropout
+    return (rank < count) & ~dropped
 
 
 def draw_support(split, sets, size, seed, stream):
@@ -818,7 +832,8 @@ def draw_support(split, sets, size, seed, stream):
 
 # ---- Data: a loader(path, size, download) says what there is, without deciding what becomes of it:
 # pictures (files, arrays [H, W] or [H, W, 3], or PIL images), their labels int [pictures], the names of
-# all classes, and the labels of the classes in "train", "val" and "test". load_data makes Splits of it.
+# all classes, and the labels of the classes in "train", "val" and "test"; or raises ValueError or OSError
+# with a sentence. load_data makes Splits of it.
 
 def split_by_name(names):
     """Class names -> labels of each part: 70/10/20 percent in the order of the names' SHA-1."""
@@ -997,7 +1012,7 @@ def npz(path, size, download):
         raise ValueError(f"{path} holds {sorted(arrays)} of what is needed: images and labels")
     images, labels, evaluation = arrays["images"], arrays["labels"], arrays.get("class_is_evaluation")
     shape = images.shape[3:] if images.ndim in (3, 4) else None
-    if images.dtype != np.uint8 or shape not in ((), (1,), (3,)):
+    if images.dtype != np.uint8 or shape not in ((), (1,), (3,)) or not images.size:
         raise ValueError(f"{path}: images are {images.dtype} {images.shape}: expected uint8 "
                          "[M, H, W] or [M, H, W, 1 or 3]")
     if labels.shape != images.shape[:1]:
@@ -1290,14 +1305,14 @@ def make_parser(description, fields):
     return parser
 
 
-def add_flags(parser, fields):
+def add_flags(parser, fields, owner=""):
     """A flag for every field of a dataclass: its type, its choices if it is a Literal, its comment as
-    the help. What is left out is None in the parsed arguments."""
+    the help, with its default and whose default that is. What is left out is None."""
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(fields), re.M))
     for field in dataclasses.fields(fields):
         options = dict(type=field.type, help=comments[field.name])
         if field.default is not None:
-            options["help"] += f" ({field.default})"
+            options["help"] += f" ({owner}{field.default})"
         if field.type is bool:
             options.update(type=parse_bool, nargs="?", const=True)
         elif choices := get_args(field.type):

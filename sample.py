@@ -82,8 +82,8 @@ def parse_args(argv=None):
 
 def draw_questions(split, K, num, seed, shared_pool=False):
     """Sets of K support images, each with K reference images and K other real images of its class,
-    and in one class no image twice; shared_pool, the paper's protocol: references may be support
-    images.
+    and in one class no image twice; shared_pool, the paper's protocol: references, and other real
+    images, may be support images.
 
     -> three int64 [S, K], indices into split.images, S = num / K or as many as the classes allow; a
     function of the seed and the split only. Raises ValueError when these are fewer than 4 images."""
@@ -195,7 +195,7 @@ def main(argv=None):
     dtype, reason = fsdm.choose_precision(device, args.precision)
     model = fsdm.load_model(args.ckpt, device, args.weights)
     config = model.config
-    K = args.k or config.sample_size - 1
+    K = args.k or max(1, config.sample_size - 1)
     guidance = fsdm.best_guidance(config) if args.guidance is None else args.guidance
     options = dict(sampler=args.sampler, steps=args.steps, guidance=guidance, seed=args.seed,
                    draw_context=args.draw_context, dtype=dtype, batch_size=args.batch_size)
@@ -245,6 +245,8 @@ def write_scores(model, K, args, options):
     data = fsdm.load_data(args.dataset, args.data_dir, config.image_size, config.in_channels,
                           args.download, ("test", "train"))
     report, meanings = {}, dict(test="unseen classes", train="in distribution: training classes")
+    out = fsdm.free_name(args.out_dir)
+    out.mkdir(parents=True)
     for part, meaning in meanings.items():
         if not data[part].names:
             print(f"\n{meaning}: none in this data set")
@@ -257,9 +259,7 @@ def write_scores(model, K, args, options):
         if n < 2048:
             print(f"FID at {n:,} images is mostly bias (fid.py says how much): compare KID, or the "
                   "rows of one table")
-    out = fsdm.free_name(args.out_dir)
-    out.mkdir(parents=True)
-    (out / "scores.json").write_text(json.dumps(dict(report, recipe=recipe), indent=1))
+        (out / "scores.json").write_text(json.dumps(dict(report, recipe=recipe), indent=1))
     print(f"\n{out / 'scores.json'} holds the scores with their recipe")
 
 

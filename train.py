@@ -6,7 +6,7 @@
     python train.py --preset t4 --dataset cifar100 --download --max_hours 8.5
     torchrun --standalone --nproc_per_node=2 train.py --preset t4 ...     # two GPUs
 
-Leaves in --out_dir: ckpt.pt, log.jsonl (every number printed), and every --save_interval steps
+Leaves in --out_dir: ckpt.pt, log.jsonl (every number printed, and more), and every --save_interval steps
 samples_<step>.png, classes never trained on, support on the left and samples on the right. The same
 command again goes on from ckpt.pt.
 """
@@ -35,7 +35,7 @@ from fsdm import FSDM, PICTURE, TRAINING, VALIDATION, Config, autocast, rng, wri
 
 
 # ---- The command line: every field of Run is a flag, and so is every field of Config.
-# What is None here takes its value from the recipe of the preset.
+# What is None here takes its value from the recipe of the preset, if that has it.
 
 PATIENCE = 50                           # gradients in a row that may be not finite, seen at log lines
 SAVE_SECONDS = 300                      # at most so long between two checkpoints
@@ -98,7 +98,7 @@ def parse_args(argv=None):
     """-> (a namespace of Run's fields, Config). Exits with code 2 and one sentence when a value makes
     no sense."""
     p = fsdm.make_parser(__doc__, Run)
-    fsdm.add_flags(p, Config)
+    fsdm.add_flags(p, Config, "reference: ")
     args = p.parse_args(argv)
     given = {name for name, value in vars(args).items() if value is not None}
     if {"hdim", "context_channels"} <= given and args.hdim != args.context_channels:
@@ -109,9 +109,10 @@ def parse_args(argv=None):
 
     # VFSDDPM's command lines name the whole model and no preset
     args.preset = args.preset or ("reference" if "hidden_size" in given else "demo")
-    if "max_hours" in given and "max_steps" not in given:
-        args.max_steps = sys.maxsize        # the hours decide, not the preset's steps
-    for defaults in (RECIPES[args.preset], dict(out_dir=f"runs/{args.preset}"), vars(Run())):
+    recipe = dict(RECIPES[args.preset], out_dir=f"runs/{args.preset}")
+    if given & {"max_steps", "max_hours"}:                  # then the recipe's limits are none
+        recipe.update(max_steps=sys.maxsize, max_hours=None)
+    for defaults in (recipe, vars(Run())):
         for name, value in defaults.items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
@@ -357,7 +358,7 @@ def validate(model, split, sets, batches, seed, dtype):
     one); and that gain for each fifth of the times, low t first."""
     config, device = model.config, split.images.device
     K, shape = config.sample_size, split.images.shape[1:]
-    own, other, times = [], [], []                          # [B, K] of every batch
+    own, other, times = [], [], []                          # errors and times, [B, K] of every batch
     for i in range(batches):
         generator = rng(device, seed, VALIDATION, i)
         classes, others = fsdm.draw_classes(split, sets, generator)
@@ -605,7 +606,7 @@ def main(argv=None):
 
     first, begun, progress = step, step / args.max_steps, step / args.max_steps
     line_at = saved_at = time.time()
-    line_step, streak, save_seconds = step, 0, 12.0         # at first a guess
+    line_step, streak, save_seconds = step, 0, 12.0         # the longest save; at first a guess
     while progress < 1:
 
         # step
