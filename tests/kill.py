@@ -2,8 +2,8 @@
 
     python tests/kill.py 50            # how many kills; the test suite does a few
 
-Every resumed run must load its checkpoint, and at the end model, average, optimizers and logged losses must be equal
-bit for bit to those of the run that was left alone.
+Every resumed run must load its checkpoint, and at the end model, average, optimizers, the sums since the last log line
+and the logged losses must be equal bit for bit to those of the run that was left alone.
 """
 import json
 import os
@@ -14,12 +14,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import fsdm
 import train
 
-FLAGS = """--preset demo --dataset glyphs --image_size 8 --patch_size 4 --encoder_patch_size 4 --hidden_size 64
+FLAGS = """--preset demo --image_size 8 --patch_size 4 --encoder_patch_size 4 --hidden_size 64
     --hdim 64 --depth 2 --num_heads 2 --encoder_depth 1 --sample_size 3 --batch_size 2 --num_eval_batches 1
     --num_sample_batches 1 --precision fp32 --device cpu --no_compile --cooldown 0 --log_interval 3
     --save_interval 2""".split()
@@ -33,7 +35,8 @@ def start(out, steps):
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
             try:
-                train.main([*FLAGS, "--max_steps", str(steps), "--out_dir", str(out / "run")])
+                train.main([*FLAGS, "--max_steps", str(steps), "--dataset", str(out.parent / "glyphs.npz"),
+                            "--out_dir", str(out / "run")])
             except BaseException as error:
                 print(f"FAILED {type(error).__name__}: {error}", flush=True)
                 os._exit(1)
@@ -62,6 +65,8 @@ def main(kills, root, seed=0):
     straight, killed = Path(root) / "straight", Path(root) / "killed"
     for out in (straight, killed):
         out.mkdir()
+    images, labels, names, _ = fsdm.glyphs(None, 8, False, classes=(20, 0, 0), per_class=4)
+    np.savez(Path(root) / "glyphs.npz", images=images, labels=labels, class_names=names)
     began = time.time()
     assert os.waitpid(start(straight, steps), 0)[1] == 0, (straight / "said.txt").read_text()
     whole, during_a_save, done = time.time() - began, 0, 0
