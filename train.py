@@ -416,9 +416,10 @@ def look(training, split, step, sets, inception, log):
     picture = Path(args.out_dir, f"samples_{step:07d}.png")
     write_whole(picture, lambda file: sample.grid(support, samples).save(file, "png"))
     if inception is not None:
+        options = dict(sampler="2m_sde", steps=20, guidance=fsdm.best_guidance(model.config))
         try:
             scores, recipe = sample.evaluate(model, split, inception, args.fid_num_samples, K,
-                                             seed=args.seed, dtype=dtype)
+                                             seed=args.seed, dtype=dtype, **options)
             found |= dict(few_shot=scores, few_shot_recipe=dict(recipe, split="val", weights="ema"))
             print(sample.table(scores))
         except (ValueError, fid.FIDError) as error:
@@ -433,7 +434,7 @@ class Log:
     """Prints, and appends every record to log.jsonl. It begins with the lines of the earlier log up
     to the step of the checkpoint that the run goes on from. Without a path it only prints."""
     def __init__(self, path, step=0, earlier=None, wandb=None):
-        self.path, self.wandb = path, wandb
+        self.path, self.wandb, self.torn = path, wandb, ""
         if path is None:
             return
         lines = earlier.read_text().splitlines() if step and earlier.exists() else []
@@ -457,8 +458,10 @@ class Log:
         record = json.loads(json.dumps(record), parse_constant=lambda name: None)
         try:
             with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(f"{self.torn}{json.dumps(record)}\n")
+            self.torn = ""
         except OSError as error:
+            self.torn = "\n"                                # half a line may be there
             print(f"{self.path} lacks this line: {error.strerror}; training goes on", flush=True)
 
 
@@ -608,7 +611,6 @@ def main(argv=None):
     line_at = saved_at = time.time()
     line_step, streak, save_seconds = step, 0, 12.0         # the longest save; at first a guess
     while progress < 1:
-
         # step
         lr = learning_rate(args.lr, step, args.warmup_steps, progress, args.cooldown)
         training.step(batches(step), lr, step)

@@ -142,6 +142,24 @@ def test_the_log_is_json_whatever_the_numbers_are(tmp_path):
     assert record == dict(step=1, loss=None, few=[None, 2.0])
 
 
+def test_a_line_that_a_full_disk_cuts_off_spoils_no_other(tmp_path, monkeypatch, capsys):
+    log = train.Log(tmp_path / "log.jsonl")
+
+    def full(path, mode):
+        with open(path, mode) as file:
+            file.write('{"step": 2, "lo')
+        raise OSError(28, "No space left on device")
+
+    log("one", step=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "open", full, raising=False)
+        log("two", step=2)
+    log("three", step=3)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [train.Log.step_of(line) for line in lines] == [1, math.inf, 3]
+    assert "lacks this line: No space left on device" in capsys.readouterr().out
+
+
 def test_a_folder_of_grey_64_pixel_classes_trains_and_samples(tmp_path):
     for c in range(6):
         (tmp_path / "photos" / f"class {c}").mkdir(parents=True)
