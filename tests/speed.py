@@ -21,6 +21,9 @@ import fsdm
 import train
 
 
+SECONDS = 20                                                                # to measure at most, after five rounds
+
+
 def random_split(config, device, classes=64):
     """-> a Split of noise."""
     size, K = config.image_size, config.sample_size
@@ -56,7 +59,7 @@ def report(name, images, device, run):
     for _ in range(2):                                                              # compiles, fills caches
         run()
     began, times = time.time(), []
-    while len(times) < 5 or len(times) < 50 and time.time() - began < 20:
+    while len(times) < 5 or len(times) < 50 and time.time() - began < SECONDS:
         times.append(seconds(device, run))
     times.sort()
     median = times[len(times) // 2]

@@ -133,6 +133,14 @@ def test_the_order_of_the_support_does_not_matter(mode):
     assert (first - shuffled).abs().max() <= 1 and (first - other).abs().max() > 1     # and the support does matter
 
 
+def test_the_vector_of_images_read_one_by_one_is_the_mean_of_theirs():
+    encoder, images = tiny(encoder="image").encoder, torch.randn(1, 3, 3, 8, 8)
+    vector, _, _ = encoder(images, torch.tensor([[[1, 1, 1], [1, 0, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]]]).bool())
+    everyone, two, *alone = vector[0]
+    assert torch.allclose(everyone, sum(alone) / 3, atol=1e-6)
+    assert torch.allclose(two, (alone[0] + alone[2]) / 2, atol=1e-6)
+
+
 @pytest.mark.parametrize("size", (1, 2, 5, 9))
 def test_any_number_of_support_images_works(size):
     model = tiny(encoder="image", mode_conditioning="lag")
@@ -277,14 +285,36 @@ def dits_own_block(x, c, weights, heads, eps):
     return x + gate_mlp.unsqueeze(1) * linear(F.gelu(linear(h, "mlp.0"), approximate="tanh"), "mlp.2")
 
 
+def without_norm_biases(module):
+    """Norms whose weights are 1 and whose biases are 0, as DiT's, which have none."""
+    for norm in module.modules():
+        if isinstance(norm, torch.nn.LayerNorm):
+            norm.bias.data.zero_()
+    return module
+
+
 def test_a_block_is_dits_own():
     torch.manual_seed(0)
-    block = opened(fsdm.DiTBlock(24, 3, 96)).double()           # its norms' weights are 1, their biases nearly 0
-    block.norm1.bias.data.zero_()
-    block.norm2.bias.data.zero_()
+    block = without_norm_biases(opened(fsdm.DiTBlock(24, 3, 96))).double()
     x, c = 0.01 * torch.randn(2, 9, 24).double(), torch.randn(2, 24).double()       # so faint that eps counts
     theirs, coarser = (dits_own_block(x, c, dict(block.named_parameters()), 3, eps) for eps in (1e-6, 1e-5))
     assert (block(x, F.silu(c)) - theirs).abs().max() < 1e-9 and (theirs - coarser).abs().max() > 1e-3
+
+
+def test_the_denoiser_is_dits_own_with_the_context_in_place_of_a_label():
+    model = without_norm_biases(tiny(encoder="image", mode_conditioning="film", diffusion_steps=1000).denoiser)
+    x, t, vector = torch.randn(1, 2, 3, 8, 8), torch.tensor([[3, 700]]), torch.randn(1, 2, 24)
+    angles = t[0, :, None] * 10_000 ** (-torch.arange(128) / 128)
+    c = model.time(torch.cat([angles.cos(), angles.sin()], 1)) + model.project(vector[0])
+    tokens = x[0].reshape(2, 3, 2, 4, 2, 4).permute(0, 2, 4, 1, 3, 5).reshape(2, 4, 48)
+    h = model.embed(tokens) + model.pos
+    for block in model.blocks:
+        h = dits_own_block(h, c, dict(block.named_parameters()), 3, 1e-6)
+    shift, scale = model.ada(F.silu(c)).chunk(2, dim=1)
+    h = model.out(F.layer_norm(h, (24,), eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1))
+    theirs = h.reshape(2, 2, 2, 3, 4, 4).permute(0, 3, 1, 4, 2, 5).reshape(1, 2, 3, 8, 8)
+    nothing = torch.zeros(1, 2, 0, dtype=torch.bool)
+    assert (model(x, t, fsdm.Context(vector, [None] * 2, nothing, None)) - theirs).abs().max() < 1e-4
 
 
 def test_the_attention_of_a_block_is_steered_by_more_than_its_gate():
@@ -669,12 +699,15 @@ def test_mnist_and_celeba_read_torchvisions_files(tmp_path, monkeypatch):
     assert abs(int(data["test"].images[0, 0, 8, 8]) - 180) < 6 and len(data["train"].images) == 140
 
 
+def redness(name):
+    return ord(name[-1]) % 12 * 20                                                  # another one for each of a .. l
+
+
 def draw_folder(root, classes, images=3, size=(40, 30)):
     for name in classes:
         (root / name).mkdir(parents=True)
         for i in range(images):
-            red = (ord(name[-1]) - ord("a")) % 12 * 20
-            Image.new("RGB", size, (red, i * 40, 0)).save(root / name / f"Image {i}.PNG")
+            Image.new("RGB", size, (redness(name), i * 40, 0)).save(root / name / f"Image {i}.PNG")
 
 
 def test_evaluation_classes_marked_by_numbers_are_never_trained_on(tmp_path):
@@ -689,29 +722,30 @@ def test_a_folder_of_class_folders_is_split_by_name(tmp_path):
     (tmp_path / "Klasse 0 äö" / ".hidden").mkdir()                                  # as notebooks leave them
     Image.new("RGB", (9, 9)).save(tmp_path / "Klasse 0 äö" / ".hidden" / "again.png")
     data = fsdm.load_data(str(tmp_path), None, 16, 3)
-    assert [len(s.names) for s in data.values()] == [4, 1, 1] and data["train"].images.shape == (12, 3, 16, 16)
+    assert [s.images.shape for s in data.values()] == [(n, 3, 16, 16) for n in (12, 3, 3)]
+    assert [len(s.names) for s in data.values()] == [4, 1, 1]
     assert list(fsdm.load_data(str(tmp_path), None, 16, 3, parts=["test"])) == ["test"]
 
 
 def classes_of(root):
-    """-> {part: its class names}, of which every image is checked to be of its class: draw_folder's red says it."""
+    """-> {part: its class names}, where every image has been checked to be of its class."""
     data = fsdm.load_data(str(root), None, 16, 3)
     for split in data.values():
-        red = (split.images[:, 0].float().mean((1, 2)) / 20).round()
-        named = torch.tensor([float(ord(name[-1]) - ord("a")) for name in split.names])
-        assert torch.equal(red, named.repeat_interleave(split.offsets.diff()))
+        red = torch.tensor([redness(name) for name in split.names], dtype=torch.uint8)
+        assert torch.equal(split.images[:, 0, 8, 8], red.repeat_interleave(split.offsets.diff()))
     return {part: split.names for part, split in data.items()}
 
 
 @pytest.mark.parametrize("train, val, test", [("train", "val", "test"), ("train", "valid", "test"),
                                               ("Training", "validation", "TEST")])
-@pytest.mark.parametrize("top", ("", "archive/my data"))
-def test_a_folder_with_its_own_parts_keeps_them_and_one_folder_too_many_is_said(tmp_path, capsys, train, val, test, top):
-    draw_folder(tmp_path / top, [f"{train}/a", f"{train}/b", f"{val}/c", f"{test}/d"])
+@pytest.mark.parametrize("tops", ([], ["archive"], ["archive", "my data"]))
+def test_a_folder_keeps_its_own_parts_under_any_number_of_folders_too_many(tmp_path, capsys, train, val, test, tops):
+    draw_folder(tmp_path.joinpath(*tops), [f"{train}/a", f"{train}/b", f"{val}/c", f"{test}/d"])
     assert classes_of(tmp_path) == dict(train=["a", "b"], val=["c"], test=["d"])
-    said = capsys.readouterr().out
-    assert said.count("holds one folder only") == 2 * bool(top) and f"{tmp_path / top}" in said + str(tmp_path)
-    assert [line.split(":")[0] for line in said.splitlines()[-3:]] == ["train", "val", "test"]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said[-3:]] == ["train", "val", "test"]
+    guessed = [line.split(" holds one folder only: the classes are taken to be those in ")[1] for line in said[:-3]]
+    assert guessed == [str(tmp_path.joinpath(*tops[:i + 1])) for i in range(len(tops))]
 
 
 def test_one_folder_too_many_on_top_of_class_folders_is_said(tmp_path, capsys):
@@ -753,7 +787,7 @@ def test_a_class_may_be_named_train(tmp_path):
 def test_loose_images_are_no_data_set(tmp_path):
     for i in range(4):
         Image.new("RGB", (9, 9)).save(tmp_path / f"{i}.png")
-    with pytest.raises(ValueError, match=r"0 class folder\(s\) \[\] and 4 loose files: expected a folder for each class"):
+    with pytest.raises(ValueError, match=r"holds 0 class folder\(s\) \[\] and 4 loose files: expected a folder"):
         fsdm.load_data(str(tmp_path), None, 16, 3)
 
 
@@ -764,8 +798,7 @@ def test_unreadable_files_are_left_out_and_named(tmp_path, capsys):
     found = classes_of(tmp_path)
     said = capsys.readouterr().out
     assert sorted(sum(found.values(), [])) == list("abcde")
-    for file, part in (("b/Image 0.PNG", "b"), ("d/cut.jpg", "d")):
-        assert str(tmp_path / file) in said
+    assert str(tmp_path / "b" / "Image 0.PNG") in said and str(tmp_path / "d" / "cut.jpg") in said
     data = fsdm.load_data(str(tmp_path), None, 16, 3)
     counts = {name: n for s in data.values() for name, n in zip(s.names, s.offsets.diff().tolist())}
     assert counts == dict(a=3, b=2, c=3, d=3, e=3)
@@ -819,7 +852,7 @@ def test_an_array_that_claims_more_than_memory_is_refused(tmp_path):
     np.lib.format.write_array_header_2_0(header, dict(descr="|u1", fortran_order=False, shape=(2 ** 40, 8, 8)))
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
         file.writestr("images.npy", header.getvalue() + b"few")
-    with pytest.raises(ValueError, match="a.npz cannot be read"):                   # BUG: MemoryError
+    with pytest.raises(ValueError, match="a.npz cannot be read"):
         fsdm.load_data(str(tmp_path / "a.npz"), None, 8, 1)
 
 

@@ -1,5 +1,6 @@
 """Claims about the sampling program and the few-shot evaluation."""
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -32,6 +33,11 @@ def ckpt(tmp_path_factory):
     return str(path)
 
 
+@pytest.fixture
+def few_glyphs(monkeypatch):
+    monkeypatch.setitem(fsdm.DATASETS, "glyphs", functools.partial(fsdm.glyphs, classes=(20, 3, 12)))
+
+
 def pictures(root):
     """Five files of one thing, of different sizes and modes."""
     root.mkdir(exist_ok=True)
@@ -56,21 +62,29 @@ def test_support_files_of_any_kind_become_images(ckpt, tmp_path):
     assert Image.open(tmp_path / "out" / "grid.png").size == ((5 + 3) * 18 + 8, 18)
 
 
+def files(root):
+    return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
 def test_nothing_that_is_there_is_written_over_or_deleted(ckpt, tmp_path):
-    """A folder named as FFHQ names its images, whose files are the support, and the output of an earlier run."""
-    (tmp_path / "ds" / "images").mkdir(parents=True)
+    """The output of an earlier run; and a folder named as FFHQ names its images, one of which is the support."""
+    ds = tmp_path / "ds"
+    (ds / "images").mkdir(parents=True)
     for i in range(10):
-        Image.new("RGB", (9, 9), (20 * i, 0, 0)).save(tmp_path / "ds" / "images" / f"{i:05d}.png")
-    before = {path: path.read_bytes() for path in (tmp_path / "ds").rglob("*.png")}
-    for _ in range(2):
-        sample.main(["--ckpt", ckpt, "--support", str(tmp_path / "ds" / "images" / "00003.png"), "--num", "4",
-                     "--steps", "2", "--out_dir", str(tmp_path / "ds")])
-    assert before == {path: path.read_bytes() for path in (tmp_path / "ds").rglob("*.png")}
-    assert (tmp_path / "ds_1" / "grid.png").read_bytes() == (tmp_path / "ds_2" / "grid.png").read_bytes()
-    assert len(list((tmp_path / "ds_2" / "images").iterdir())) == 4
+        Image.new("RGB", (9, 9), (20 * i, 0, 0)).save(ds / "images" / f"{i:05d}.png")
+    (ds / "samples.npz").write_text("mine")
+    before = files(ds)
+    for seed in range(3):
+        sample.main(["--ckpt", ckpt, "--support", str(ds / "images" / "00003.png"), "--num", "4", "--steps", "2",
+                     "--seed", str(seed // 2), "--device", "cpu", "--precision", "fp32", "--out_dir", str(ds)])
+        made = made if seed else files(tmp_path / "ds_1")
+    assert files(ds) == before and sorted(path.name for path in tmp_path.iterdir()) == ["ds", "ds_1", "ds_2", "ds_3"]
+    first, again, other = (files(tmp_path / f"ds_{i}") for i in (1, 2, 3))
+    assert first == made and len(first) == 6
+    assert all(again[path] == first[path] != other[path] for path in first if path.suffix == ".png")
 
 
-def test_sets_of_a_data_set_carry_their_labels(ckpt, tmp_path):
+def test_sets_of_a_data_set_carry_their_labels(ckpt, tmp_path, few_glyphs):
     out = tmp_path / "out"
     sample.main(["--ckpt", ckpt, "--dataset", "glyphs", "--split", "test", "--sets", "3", "--num", "2", "--steps", "2",
                  "--sampler", "ddim", "--eta", "0.5", "--out_dir", str(out)])
@@ -117,14 +131,17 @@ def random_inception(path, dims):
     return str(path)
 
 
-def test_the_unconditional_baseline_answers_the_same_questions(tmp_path):
+def test_the_unconditional_baseline_answers_the_same_questions(tmp_path, few_glyphs):
     config = dataclasses.replace(CONFIG, encoder="none", context_dropout=0.0)
     model = fsdm.FSDM(config)
     torch.save(dict(config=dataclasses.asdict(config), ema=model.state_dict()), tmp_path / "ckpt.pt")
     weights = random_inception(tmp_path / "w.pth", 64)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "scores.json").write_text("mine")
     sample.main(["--ckpt", str(tmp_path / "ckpt.pt"), "--dataset", "glyphs", "--evaluate", "--num", "12", "--k", "3",
                  "--steps", "2", "--fid_weights", weights, "--fid_dims", "64", "--out_dir", str(tmp_path / "out")])
-    assert json.load(open(tmp_path / "out" / "scores.json"))["test"]["generated"]["kid"] > 0
+    assert json.load(open(tmp_path / "out_1" / "scores.json"))["test"]["generated"]["kid"] > 0
+    assert (tmp_path / "out" / "scores.json").read_text() == "mine"
 
 
 def test_the_right_class_is_counted_among_twenty_at_a_time():
@@ -136,7 +153,7 @@ def test_the_right_class_is_counted_among_twenty_at_a_time():
     assert 0.03 < sample.right_class(near[torch.randperm(270)], near, classes) < 0.08
 
 
-def test_the_evaluation_tells_the_ends_of_the_scale_apart(ckpt, tmp_path, capsys):
+def test_the_evaluation_tells_the_ends_of_the_scale_apart(ckpt, tmp_path, capsys, few_glyphs):
     weights = random_inception(tmp_path / "w.pth", 64)
     sample.main(["--ckpt", ckpt, "--dataset", "glyphs", "--evaluate", "--num", "24", "--k", "3", "--steps", "2",
                  "--fid_weights", weights, "--fid_dims", "64", "--out_dir", str(tmp_path / "out")])

@@ -319,7 +319,7 @@ def test_every_matrix_of_the_blocks_is_muons_and_nothing_is_left_out():
 
 
 def plain_newton_schulz(x):
-    """Jordan et al. 2024, in float64 and as it is written there: five rounds of x <- a x + (b r + c r r) x, r = x x^T."""
+    """Jordan et al. 2024, in float64, as it is written there: five rounds of x <- a x + (b r + c r r) x, r = x x^T."""
     x = x.double() / x.double().norm(dim=(-2, -1), keepdim=True)
     for _ in range(5):
         r = x @ x.mT
@@ -514,7 +514,8 @@ def test_the_step_compiles_as_one_graph_and_agrees_with_eager(split):
     assert torch.allclose(model(*batch)[0], eager, rtol=1e-4, atol=1e-5) and list(model.state_dict()) == names
 
 
-def test_speed_measures_and_writes_nothing(tmp_path, capsys):
+def test_speed_measures_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "SECONDS", 0)
     speed.main([*SMALL, "--out_dir", str(tmp_path / "out")])
     said = capsys.readouterr().out
     for words in ("training, 4 sets of 4: ", "GFLOP an image", "matrix products", "sampling, 8 sets", "peak memory",
@@ -523,7 +524,8 @@ def test_speed_measures_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     for flags in (["--mode_context", "variational"], ["--encoder", "none"]):        # nothing to compare with
         speed.main([*SMALL, *flags])
-        assert "sampling" in said and "the usual way" not in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "sampling" in said and "the usual way" not in said
 
 
 # ---- Nothing good is lost.
@@ -533,8 +535,8 @@ def test_flags_that_contradict_the_checkpoint_are_named_and_it_stays(glyph_file,
     before = (tmp_path / "ckpt.pt").read_bytes()
     with pytest.raises(ValueError, match="--depth 2 .now 3."):
         run(glyph_file, tmp_path, "--max_steps", "4", "--depth", "3")
-    with pytest.raises(ValueError, match="--dataset .*now glyphs"):
-        run(glyph_file, tmp_path, "--max_steps", "4", "--dataset", "glyphs")
+    with pytest.raises(ValueError, match="--dataset glyphs.npz .now other.npz."):
+        run(write_glyphs(tmp_path / "other.npz", 20), tmp_path, "--max_steps", "4")
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
