@@ -68,12 +68,16 @@ def main(kills, root, seed=0):
     images, labels, names, _ = fsdm.glyphs(None, 8, False, classes=(20, 0, 0), per_class=4)
     np.savez(Path(root) / "glyphs.npz", images=images, labels=labels, class_names=names)
     began = time.time()
-    assert os.waitpid(start(straight, steps), 0)[1] == 0, (straight / "said.txt").read_text()
-    whole, during_a_save, done = time.time() - began, 0, 0
+    child = start(straight, steps)
+    while not (straight / "run" / "ckpt.pt").exists() and time.time() - began < 60:
+        time.sleep(0.01)
+    beginning = time.time() - began
+    assert os.waitpid(child, 0)[1] == 0, (straight / "said.txt").read_text()
+    training, during_a_save, done = time.time() - began - beginning, 0, 0
     while done < kills:
         child = start(killed, steps)
-        # long enough to get somewhere, short enough to be killed before the end
-        time.sleep(chance.uniform(0.02, min(2.0, 6 * whole / steps + 1.0)))
+        # now and then before it has begun, mostly within its next eight steps
+        time.sleep(chance.uniform(0.7 * beginning, beginning + 8 / steps * training))
         ended, status = os.waitpid(child, os.WNOHANG)
         assert not ended or status == 0, (killed / "said.txt").read_text()
         if ended:
@@ -87,6 +91,7 @@ def main(kills, root, seed=0):
     assert a["step"] == b["step"] == steps and same(a, b), "the checkpoints differ"
     assert losses(straight / "run") == losses(killed / "run"), "the logged losses differ"
     resumed = (killed / "said.txt").read_text().count("going on from")
+    assert resumed, "every kill came before the first checkpoint"
     return (f"{done} kills, {during_a_save} of them while a checkpoint was being written; {resumed} starts went on "
             f"from a checkpoint; after {steps} steps all is equal bit for bit")
 
