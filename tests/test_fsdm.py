@@ -270,6 +270,43 @@ def test_a_block_that_sees_no_context_token_is_the_block_without_context():
     assert not torch.allclose(block(x, c, keys_values, all_), block(x, c), atol=1e-2)
 
 
+def test_the_convolution_in_front_of_a_block_mixes_the_neighbours_of_each_channel():
+    block = opened(fsdm.DiTBlock(6, 3, 12, depthwise_conv=True))
+    x, c = torch.randn(2, 16, 6), torch.randn(2, 6)
+    grid = F.pad(x.reshape(2, 4, 4, 6), (0, 0, 1, 1, 1, 1))                         # rows and columns of tokens
+    around = sum(grid[:, i:i + 4, j:j + 4] * block.local.weight[:, 0, i, j] for i in range(3) for j in range(3))
+    mixed = x + around.flatten(1, 2) + block.local.bias
+    plain = fsdm.DiTBlock(6, 3, 12)
+    plain.load_state_dict({name: p for name, p in block.state_dict().items() if not name.startswith("local.")})
+    assert torch.allclose(block(x, c), plain(mixed, c), atol=1e-5)
+
+
+def test_fourier_features_show_faint_noise_and_weigh_nothing_at_first():
+    dit, seen = FSDM(Config(**TINY, fourier_features=True)).denoiser, []
+    dit.embed.register_forward_pre_hook(lambda module, args: seen.append(args[0].unflatten(2, (7, 48))))
+    for x in (0.3, 0.3 + 1 / 64):
+        dit(torch.full((1, 1, 3, 8, 8), x), torch.zeros(1, 1, dtype=torch.long))
+    first, second = (features[0, 0, :, 0] for features in seen)                     # x, then sine, cosine, sine, ...
+    waves = [wave(2 ** k * math.pi * 0.3) for k in (2, 4, 6) for wave in (math.sin, math.cos)]
+    assert torch.allclose(first, torch.tensor([0.3, *waves]), atol=1e-4)
+    assert torch.allclose(second[5:], -first[5:], atol=1e-4)                        # two levels flip the last pair
+    assert dit.embed.weight[:, :48].any() and not dit.embed.weight[:, 48:].any()
+
+
+def test_a_patch_and_the_finer_patches_in_it_have_the_most_similar_positions():
+    coarse, fine = fsdm.position_table(16, 64), fsdm.position_table(256, 64)        # 4 x 4 and 16 x 16 patches
+    place = (coarse @ fine.T).argmax(1)
+    assert (place // 16 // 4 * 4 + place % 16 // 4).tolist() == list(range(16))
+
+
+@pytest.mark.parametrize("encoder", fsdm.ENCODERS)
+def test_an_encoder_knows_where_a_patch_lies(encoder):
+    model, image, sees = tiny(encoder=encoder), torch.randn(1, 1, 3, 8, 8), torch.ones(1, 1, 1, dtype=torch.bool)
+    turned = image.roll(4, dims=3)                                                  # the same four patches
+    a, b = (model.encoder(i, sees)[0] for i in (image, turned))
+    assert (a - b).abs().max() > 1e-2
+
+
 def dits_own_block(x, c, weights, heads, eps):
     """models.py of Peebles and Xie with timm's Attention and Mlp; its norms have no weights."""
     B, N, D = x.shape
@@ -493,6 +530,17 @@ def test_the_right_output_has_no_loss_and_gives_the_clean_image_back(prediction)
     assert torch.allclose(model.denoise(alpha * x0 + sigma * noise, 25, alpha, sigma, None), x0, atol=1e-4)
 
 
+def test_the_context_of_a_loss_may_come_from_other_images():
+    model, t, noise = tiny(encoder="image"), torch.full((1, 4), 20), torch.randn(1, 4, 3, 8, 8)
+    images, other, sees = pictures(1, 4), pictures(1, 4), ~torch.eye(4, dtype=torch.bool)[None]
+    a = model.alpha_bar[20]
+    x_t = a.sqrt() * fsdm.to_signal(images) + (1 - a).sqrt() * noise
+    out = model.denoiser(x_t, t, model.read(fsdm.to_signal(other), sees))
+    error = model(images, sees, t, noise, support=other)[0]
+    assert torch.allclose(error, (out - noise).square().mean((2, 3, 4)), rtol=1e-4)
+    assert not torch.allclose(error, model(images, sees, t, noise)[0], rtol=1e-3)
+
+
 def test_signals_and_bytes_are_each_others_inverse_and_what_lies_between_is_rounded():
     levels = torch.arange(256)
     signal = fsdm.to_signal(levels.byte())
@@ -509,7 +557,9 @@ def test_an_image_is_the_same_at_every_batch_size_and_whatever_comes_after_it():
         together = make(support, 4, seed=5)
         assert (together.int() - make(support, 4, seed=5, batch_size=5).int()).abs().max() <= 1
         assert (together[:1, :3].int() - make(support[:1], 3, seed=5).int()).abs().max() <= 1
-        assert not torch.equal(together[1, 1], together[1, 2]) and not torch.equal(together, make(support, 4, seed=6))
+        assert not torch.equal(together, make(support, 4, seed=6))
+        same = make(support[:1].expand(3, -1, -1, -1, -1), 4, seed=5)               # one support three times
+        assert len(same.flatten(0, 1).unique(dim=0)) == 12
 
 
 def test_guidance_is_a_line_from_the_empty_support_to_the_given_one():

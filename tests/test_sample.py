@@ -29,7 +29,9 @@ def ckpt(tmp_path_factory):
         if not p.any():
             torch.nn.init.normal_(p, std=0.2)
     path = tmp_path_factory.mktemp("ckpt") / "ckpt.pt"
-    torch.save(dict(config=dataclasses.asdict(CONFIG), model=model.state_dict(), ema=model.state_dict()), path)
+    ema = model.state_dict()
+    raw = {name: 1.1 * p for name, p in ema.items()}
+    torch.save(dict(config=dataclasses.asdict(CONFIG), model=raw, ema=ema), path)
     return str(path)
 
 
@@ -92,6 +94,24 @@ def test_sets_of_a_data_set_carry_their_labels(ckpt, tmp_path, few_glyphs):
     assert saved["arr_0"].shape == (6, 8, 8, 3) and len(saved["labels"]) == 6
     assert saved["labels"][0] == saved["labels"][1] != saved["labels"][2]
     assert len(list((out / "images").iterdir())) == 6
+
+
+def test_every_flag_of_an_image_matters_but_the_batch_size(ckpt, tmp_path, few_glyphs):
+    def made(flags):
+        out = tmp_path / f"out {flags}"
+        sample.main(["--ckpt", ckpt, "--dataset", "glyphs", "--sets", "2", "--num", "3", "--steps", "4",
+                     "--device", "cpu", "--precision", "fp32", *flags.split(), "--out_dir", str(out)])
+        return np.load(out / "samples.npz")
+
+    found = {flags: made(flags) for flags in (
+        "", "--steps 5", "--sampler ddim", "--sampler ddim --eta 0.5", "--sampler ddpm", "--guidance 1.5", "--k 2",
+        "--weights raw", "--seed 1", "--split train")}
+    assert len({saved["arr_0"].tobytes() for saved in found.values()}) == len(found)
+    assert {flags for flags in found if not np.array_equal(found[flags]["labels"], found[""]["labels"])} == {
+        "--seed 1", "--split train"}
+    alone = made("--batch_size 1")
+    assert np.abs(alone["arr_0"].astype(int) - found[""]["arr_0"]).max() <= 1
+    assert np.array_equal(alone["labels"], found[""]["labels"])
 
 
 def test_the_grid_shows_the_support_left_of_the_bar():
