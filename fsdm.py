@@ -1179,7 +1179,7 @@ def write_whole(path, save):
 
 def free_name(path):
     """path, or the first of path_1, path_2, ... where there is nothing yet."""
-    path = Path(path)
+    path = Path(os.path.abspath(path))                      # "." has no name of its own
     free, i = path, 0
     while free.exists():
         i += 1

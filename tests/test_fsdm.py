@@ -941,3 +941,9 @@ def test_a_free_name_is_the_name_or_the_first_number_after_it_that_is_free(tmp_p
         free.mkdir()
     (tmp_path / "out_1").rmdir()
     assert names == ["out", "out_1", "out_2"] and fsdm.free_name(str(tmp_path / "out")) == tmp_path / "out_1"
+
+
+def test_a_free_name_is_beside_what_is_there_also_for_the_folder_one_is_in(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert fsdm.free_name("new") == tmp_path / "here" / "new" and fsdm.free_name(".") == tmp_path / "here_1"

@@ -79,7 +79,8 @@ def test_nothing_that_is_there_is_written_over_or_deleted(ckpt, tmp_path):
     for seed in range(3):
         sample.main(["--ckpt", ckpt, "--support", str(ds / "images" / "00003.png"), "--num", "4", "--steps", "2",
                      "--seed", str(seed // 2), "--device", "cpu", "--precision", "fp32", "--out_dir", str(ds)])
-        made = made if seed else files(tmp_path / "ds_1")
+        if seed == 0:
+            made = files(tmp_path / "ds_1")
     assert files(ds) == before and sorted(path.name for path in tmp_path.iterdir()) == ["ds", "ds_1", "ds_2", "ds_3"]
     first, again, other = (files(tmp_path / f"ds_{i}") for i in (1, 2, 3))
     assert first == made and len(first) == 6
