@@ -108,6 +108,9 @@ class Config:
                  f"denoiser {self.denoiser} is conditioned on time only: pass --encoder none")
             need(self.sample_size >= 2, f"sample_size {self.sample_size}: at least 2, since each "
                                         "image is generated from the others")
+        else:
+            need(self.mode_context == "deterministic",
+                 "mode_context variational draws what an encoder makes: not with --encoder none")
 
 
 # what made models use their support: tokens to attend to, and weight on the noisy times
@@ -572,7 +575,7 @@ class FSDM(nn.Module):
     def __init__(self, config):
         super().__init__()
         few_shot = config.encoder != "none"
-        variational = few_shot and config.mode_context == "variational"
+        variational = config.mode_context == "variational"
         self.config = config
         self.encoder = ENCODERS[config.encoder](config) if few_shot else None
         self.posterior = Posterior(config.hdim) if variational else None

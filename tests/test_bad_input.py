@@ -58,6 +58,7 @@ ROWS = [
     (f"{TRAIN} --num_heads 5", "does not divide"),
     (f"{TRAIN} --sample_size 1", "at least 2"),
     (f"{TRAIN} --context_dropout 1.5", "context_dropout is 1.5"),
+    (f"{TRAIN} --encoder none --mode_context variational", "not with --encoder none"),
     (f"{TRAIN} --diffusion_steps 1", "diffusion_steps is 1"),
     (f"{TRAIN} --hidden_size 999999999", "hidden_size is 999999999"),
     (f"{TRAIN} --hidden_size many", "--hidden_size"),
