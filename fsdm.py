@@ -21,6 +21,7 @@ the shapes of its arguments.
 import argparse
 import dataclasses
 import hashlib
+import importlib.util
 import inspect
 import logging
 import math
@@ -714,7 +715,7 @@ def generate(model, support, n, sampler="2m_sde", steps=20, guidance=None, seed=
     S, K, *picture = support.shape
     # with guidance an image is two targets, one that sees its support and one that sees nothing
     targets = 1 if guidance == 1 or model.encoder is None else 2
-    made = []
+    made, progress = [], Progress("generated", S * n)
     for numbers in torch.arange(S * n).split(batch_size):
         images = to_signal(support[numbers // n])           # [B, K, C, H, W], each image's own support
         sees = torch.ones(len(images), targets, K, dtype=torch.bool, device=images.device)
@@ -729,6 +730,7 @@ def generate(model, support, n, sampler="2m_sde", steps=20, guidance=None, seed=
             denoise = partial(model.denoise, context=context, guidance=guidance)
             x = SAMPLERS[sampler](denoise, draw(), model.alpha_bar64, steps, draw, **options)
         made.append(to_bytes(x))
+        progress(len(numbers))
     return torch.cat(made).view(S, n, *picture)
 
 
@@ -1084,7 +1086,7 @@ def load_data(dataset, data_dir, size, channels, download=False, parts=("train",
 def read_split(pictures, labels, names, keep, size, channels):
     """The classes `keep` of what a loader found -> Split: every picture made size x size, by all
     cores, straight into its place. Unreadable files are named and left out."""
-    keep, began, unreadable = sorted(keep), time.time(), {}
+    keep, unreadable = sorted(keep), {}
     rows = np.flatnonzero(np.isin(labels, keep))
     rows = rows[np.argsort(labels[rows], kind="stable")]    # class by class
     images = torch.empty(len(rows), channels, size, size, dtype=torch.uint8)
@@ -1098,9 +1100,9 @@ def read_split(pictures, labels, names, keep, size, channels):
 
     with ThreadPoolExecutor() as pool:
         pieces = np.array_split(np.arange(len(rows)), 1 + len(rows) // 1000)
-        for done, _ in enumerate(pool.map(read, pieces)):
-            if time.time() - began > 5 and done % 10 == 0:
-                print(f"{done / len(pieces):.0%} of {len(rows):,} images are read", flush=True)
+        progress = Progress("read", len(rows))
+        for piece, _ in zip(pieces, pool.map(read, pieces)):
+            progress(len(piece))
 
     if unreadable:
         print(f"{len(unreadable)} files are left out: {', '.join(list(unreadable.values())[:3])}")
@@ -1164,6 +1166,25 @@ def squared(image, size, channels):
 
 # ---- Files and machine: what is read and written whole, and what the machine is good at.
 
+class Progress:
+    """Says how far a long work is, every ten seconds from the fifth on."""
+    def __init__(self, verb, total):
+        self.verb, self.total, self.done = verb, total, 0
+        self.began = time.time()
+        self.due = self.began + 5
+
+    def __call__(self, more):
+        self.done += more
+        now = time.time()
+        if now < self.due or self.done == self.total:
+            return
+        self.due = now + 10
+        rate = self.done / (now - self.began)
+        left = (self.total - self.done) / rate / 60
+        print(f"{self.verb} {self.done:,} of {self.total:,} images, {rate:,.0f} a second, "
+              f"{left:.1f} min left", flush=True)
+
+
 def write_whole(path, save):
     """Calls save(file) on a temporary file and gives it the name `path` when all is in it.
 
@@ -1217,7 +1238,8 @@ def load_model(path, device="cpu", weights="ema"):
 def choose_device(requested="auto"):
     """auto, cpu, cuda, cuda:1, mps -> torch.device. Raises ValueError when it is not here."""
     if requested == "auto":
-        requested = "cuda" if torch.cuda.is_available() else "cpu"
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        requested = "cuda" if torch.cuda.is_available() else mps
     try:
         device = torch.device(requested)
         torch.empty(0, device=device)
@@ -1282,6 +1304,8 @@ def choose_compile(device, no_compile=False):
     if no_compile:
         return False, "as asked for"
     if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:      # torch for Windows comes without
+            return False, "no Triton found"
         capability = torch.cuda.get_device_capability(device)
         return capability >= (7, 0), "compute capability {}.{}".format(*capability)
     if device.type == "cpu":

@@ -123,8 +123,14 @@ def evaluate(model, split, inception, num=2000, K=5, shared_pool=False, seed=0, 
     made = fsdm.generate(model, support_images, K, seed=seed, **options)
     print(f"that took {time.time() - began:.0f} s; now their features", flush=True)
 
+    measured = fsdm.Progress("measured", 4 * n)
+
     def features(images):                                   # uint8 [S, K, C, H, W] -> [S * K, dims]
-        return fid.features(images.flatten(0, 1).cpu(), inception)
+        parts = []
+        for some in images.flatten(0, 1).cpu().split(100):
+            parts.append(fid.features(some, inception))
+            measured(len(some))
+        return np.concatenate(parts)
 
     real = features(split.images[reference.to(split.images.device)])
     found = {"generated": features(made), "support returned": features(support_images),
@@ -221,10 +227,10 @@ def write_images(model, K, args, options):
         support, names = fsdm.draw_support(data[args.split], args.sets, K, args.seed, SETS)
         labels["labels"] = np.repeat(names, args.num)
     support = support.to(model.alpha_bar.device)            # [S, K, C, H, W]
+    out = fsdm.free_name(args.out_dir)
+    (out / "images").mkdir(parents=True)                    # before the work, not to lose it
     samples = fsdm.generate(model, support, args.num, **options).cpu()
 
-    out = fsdm.free_name(args.out_dir)
-    (out / "images").mkdir(parents=True)
     flat = samples.flatten(0, 1).permute(0, 2, 3, 1).numpy()        # [S * num, H, W, C]
     for i, image in enumerate(flat):
         image = image if image.shape[2] == 3 else image[..., 0]

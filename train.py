@@ -49,6 +49,7 @@ class Run:
     download: bool = False          # fetch a named data set when it is not in data_dir
     out_dir: str = None             # for checkpoint, log and pictures; runs/ and the preset's name
     resume: str = None              # a checkpoint to go on from when out_dir has none
+    init: str = None                # a checkpoint whose weights and shape a new run begins with
     restart: bool = False           # begin anew; an old run in out_dir is moved aside
     batch_size: int = None          # sets a step, over all GPUs; each is sample_size images
     accumulate: int = 1             # parts of a batch, one after the other: less memory
@@ -131,8 +132,11 @@ def parse_args(argv=None):
     shape = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}
     shape = {name: value for name, value in shape.items() if value is not None}
     try:
-        config = Config(**{**fsdm.PRESETS[args.preset], **shape})
-    except ValueError as error:
+        start = fsdm.PRESETS[args.preset]
+        if args.init:
+            start = dataclasses.asdict(fsdm.load_model(args.init).config)
+        config = Config(**{**start, **shape})
+    except (ValueError, OSError) as error:
         p.error(str(error))
     if config.hdim < config.hidden_size and config.encoder != "none":
         print(f"warning: hdim {config.hdim} below hidden_size {config.hidden_size} is a bottleneck")
@@ -535,6 +539,15 @@ def load_data(args, config, rank):
     return data
 
 
+def begin_with(model, path):
+    """Copies the averaged weights of a checkpoint. ValueError when the shapes differ."""
+    try:
+        model.load_state_dict(fsdm.load_model(path).state_dict())
+    except RuntimeError as error:                           # its first line only says that it failed
+        reason = str(error).splitlines()[1].strip()
+        raise ValueError(f"--init {path} has other shapes than these flags: {reason}") from None
+
+
 def begin(training, out, args, rank):
     """-> (the step to go on from, 0 for a new run, and the checkpoint that it was read from)."""
     ckpt = source = out / "ckpt.pt"
@@ -555,6 +568,8 @@ def main(argv=None):
     args, config = parse_args(argv)
     torch.manual_seed(args.seed)                            # of the first weights
     model = FSDM(config)
+    if args.init:
+        begin_with(model, args.init)
     if args.max_steps == 0:
         print(parameter_table(model))
         return

@@ -75,6 +75,8 @@ ROWS = [
     (f"{TRAIN} --preset huge", "huge"),
     (f"{TRAIN} --device gpu", "--device gpu"),
     (f"{TRAIN} --resume gone.pt", "gone.pt"),
+    (f"{TRAIN} --init gone.pt", "gone.pt"),
+    (f"{TRAIN} --init hostile.pt", "not a checkpoint"),
     (f"{TRAIN} --resume text.npz", "cannot be resumed"),
     (f"{TRAIN} --resume hostile.pt", "cannot be resumed"),
     (f"{TRAIN} --resume list.pt", "cannot be resumed"),

@@ -629,6 +629,24 @@ def test_a_full_disk_is_said_and_keeps_the_checkpoint_while_training_goes_on(gly
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_init_begins_with_another_models_averaged_weights_and_shape(glyph_file, tmp_path):
+    first = run(glyph_file, tmp_path / "a", "--max_steps", "4")
+    tuned = ["--init", str(tmp_path / "a" / "ckpt.pt"), "--dataset", str(glyph_file), "--device", "cpu", "--no_compile",
+             "--precision", "fp32", "--batch_size", "4", "--save_interval", "2", "--out_dir", str(tmp_path / "b")]
+    train.main([*tuned, "--max_steps", "1", "--lr", "1e-12"])
+    second = load(tmp_path / "b")
+    assert second["config"] == first["config"] and second["step"] == 1
+    assert all(torch.allclose(second["model"][name], first["ema"][name], atol=1e-6) for name in first["ema"])
+    train.main([*tuned, "--max_steps", "3"])                # and resumes as any run does
+    assert load(tmp_path / "b")["step"] == 3
+
+
+def test_init_with_other_shapes_is_one_sentence(glyph_file, tmp_path):
+    run(glyph_file, tmp_path / "a", "--max_steps", "2")
+    with pytest.raises(ValueError, match="has other shapes than these flags: size mismatch for"):
+        run(glyph_file, tmp_path / "b", "--max_steps", "2", "--init", str(tmp_path / "a" / "ckpt.pt"), "--hdim", "64")
+
+
 def test_restart_moves_the_old_run_aside_and_resume_goes_on_from_elsewhere(glyph_file, tmp_path):
     old = run(glyph_file, tmp_path / "a", "--max_steps", "4")
     new = run(glyph_file, tmp_path / "a", "--max_steps", "2", "--restart")
