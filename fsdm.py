@@ -973,7 +973,7 @@ def folder(path, size, download):
     classes = [c for d in parts for c in folders_in(d)] if parts else folders
     names = sorted({c.name for c in classes})
     if len(names) < 3:
-        loose = len(list(root.iterdir())) - len(folders)
+        loose = sum(f.is_file() and not hidden(Path(f.name)) for f in root.iterdir())
         raise ValueError(f"{root} holds {len(names)} class folder(s) {names} and {loose} loose files: "
                          "expected a folder for each class, at least 3, or train/ val/ test/ with "
                          "such folders in them")

@@ -342,6 +342,16 @@ class Training:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{path} cannot be resumed: {reason}") from None
 
+    def load_weights(self, path):
+        """Begins with the averaged weights of a checkpoint. ValueError when its shapes are others."""
+        weights = fsdm.load_model(path).state_dict()
+        try:
+            self.model.load_state_dict(weights)
+            self.ema.load_state_dict(weights)
+        except RuntimeError as error:                       # its first line only says that it failed
+            reason = str(error).splitlines()[1].strip()
+            raise ValueError(f"--init {path} has other shapes than these flags: {reason}") from None
+
 
 # ---- Looking at the model: its size, what the context is worth, pictures of classes never trained on.
 
@@ -539,15 +549,6 @@ def load_data(args, config, rank):
     return data
 
 
-def begin_with(model, path):
-    """Copies the averaged weights of a checkpoint. ValueError when the shapes differ."""
-    try:
-        model.load_state_dict(fsdm.load_model(path).state_dict())
-    except RuntimeError as error:                           # its first line only says that it failed
-        reason = str(error).splitlines()[1].strip()
-        raise ValueError(f"--init {path} has other shapes than these flags: {reason}") from None
-
-
 def begin(training, out, args, rank):
     """-> (the step to go on from, 0 for a new run, and the checkpoint that it was read from)."""
     ckpt = source = out / "ckpt.pt"
@@ -557,6 +558,8 @@ def begin(training, out, args, rank):
     if args.resume and not ckpt.exists():
         source = Path(args.resume)
     if not source.exists() and not args.resume:
+        if args.init:
+            training.load_weights(args.init)
         return 0, source
     step = training.load(source)
     print(f"going on from {source} at step {step:,}")
@@ -568,8 +571,6 @@ def main(argv=None):
     args, config = parse_args(argv)
     torch.manual_seed(args.seed)                            # of the first weights
     model = FSDM(config)
-    if args.init:
-        begin_with(model, args.init)
     if args.max_steps == 0:
         print(parameter_table(model))
         return
@@ -630,21 +631,21 @@ def main(argv=None):
         lr = learning_rate(args.lr, step, args.warmup_steps, progress, args.cooldown)
         training.step(batches(step), lr, step)
         step += 1
+        if step == first + 1 and compiled:
+            print(f"the first step took {time.time() - line_at:.0f} s", flush=True)
+            line_at, line_step = time.time(), step          # compiling is not training speed
 
         # how much of the run is done: of its steps or of its time, whichever is more
         elapsed = time.time() - started
         limit = args.max_hours * 3600 - 1.5 * save_seconds if args.max_hours else math.inf
+        pace = (time.time() - line_at) / max(1, step - line_step)
         shown = step % args.save_interval == 0
         due = shown or time.time() - saved_at > SAVE_SECONDS
-        over = stop or elapsed + due * save_seconds > limit     # no time for this save and the last
+        over = stop or elapsed + pace + due * save_seconds > limit      # no time for another step
         progress = largest(1 if over else max(step / args.max_steps, elapsed / limit))
-        if step == first + 1 and compiled:
-            print(f"the first step took {time.time() - line_at:.0f} s", flush=True)
-            if step % args.log_interval:
-                line_at, line_step = time.time(), step      # compiling is not training speed
-
         # log
-        if rank == 0 and (step % args.log_interval == 0 or time.time() - line_at > 30):
+        told = step % args.log_interval == 0 or time.time() - line_at > 30
+        if rank == 0 and told and step > line_step:
             *means, kept, skipped = training.totals.tolist()        # this waits for the GPU
             loss, kl, norm = (total / kept if kept else math.nan for total in means)
             streak = 0 if kept else streak + skipped
