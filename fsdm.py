@@ -1131,24 +1131,25 @@ def check_data(data, sample_size, parts=("train", "val")):
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 
-def to_picture(source, size, channels):
+def to_picture(source, size, channels, prepare=None):
     """A file, a uint8 array or a PIL image -> uint8 [C, size, size]: upright, on white, the square in
-    the middle, antialiased. Raises ValueError with a sentence when it cannot be read."""
+    the middle, antialiased; prepare: a function to change the PIL image before it is cut square.
+    Raises ValueError with a sentence when it cannot be read."""
     if isinstance(source, np.ndarray):
-        return squared(Image.fromarray(source), size, channels)
+        source = Image.fromarray(source)
     if isinstance(source, Image.Image):
-        return squared(source, size, channels)
+        return squared(source, size, channels, prepare)
     if not os.path.isfile(source):                          # a pipe named .png would wait for ever
         raise ValueError(f"{source} is a folder: pass its files" if os.path.isdir(source)
                          else f"{source}: there is no such file")
     try:
         with Image.open(source, formats=FORMATS) as image:
-            return squared(image, size, channels)
+            return squared(image, size, channels, prepare)
     except Exception as error:                              # decoders fail in many ways
         raise ValueError(f"{source} cannot be read as an image: {error}") from None
 
 
-def squared(image, size, channels):
+def squared(image, size, channels, prepare=None):
     """A PIL image of any mode and size -> uint8 [C, size, size]."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):                   # 16-bit grey: PIL would clip it, not scale it
@@ -1160,6 +1161,8 @@ def squared(image, size, channels):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("L" if channels == 1 else "RGB")
+    if prepare is not None:
+        image = prepare(image)
     image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     return np.array(image).reshape(size, size, channels).transpose(2, 0, 1)
 

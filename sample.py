@@ -9,9 +9,11 @@ samples.npz (arr_0 uint8 NHWC). Everything about the model comes from the checkp
 """
 import dataclasses
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -34,6 +36,7 @@ class Request:
     download: bool = False          # fetch a named data set when it is not in data_dir
     sets: int = 8                   # support sets to take from the data set
     k: int = None                   # support images a set; one less than the model's sample_size
+    crop: bool = False              # cut files of --support to what is drawn on their paper, and a margin
     num: int = None                 # images for each support set (8); with --evaluate in all (2000)
     sampler: Literal[tuple(fsdm.SAMPLERS)] = "2m_sde"       # ddpm in 250 steps is as good, and slow
     steps: int = 20                 # evaluations of the network per image
@@ -54,7 +57,8 @@ class Request:
 
 def parse_args(argv=None):
     p = fsdm.make_parser(__doc__, Request)
-    p.add_argument("--support", nargs="+", help="image files of one thing: generate more of it")
+    p.add_argument("--support", nargs="+",
+                   help="image files of one thing: generate more of it; a folder is a set of its own")
     args = p.parse_args(argv)
     for name, value in vars(Request()).items():
         if getattr(args, name) is None:
@@ -215,17 +219,50 @@ def main(argv=None):
         write_images(model, K, args, options)
 
 
+def read_support(paths, shape, prepare=None):
+    """Image files, which are one set together, and folders of them, which are one each -> uint8
+    [S, K, C, H, W] and the names of the sets; K is the number of images in the smallest."""
+    folders = [Path(path) for path in paths if os.path.isdir(path)]
+    names = [folder.name for folder in folders]
+    sets = [sorted(f for f in folder.iterdir() if not fsdm.hidden(Path(f.name))) for folder in folders]
+    files = [path for path in paths if not os.path.isdir(path)]
+    if files:
+        names.append("support")
+        sets.append(files)
+    K = min(map(len, sets))
+    if K == 0:
+        raise ValueError(f"{folders[sets.index([])]} is an empty folder: pass one with image files")
+    if K < max(map(len, sets)):
+        print(f"only the first {K} images of each set are its support: so many has the smallest")
+    pictures = [[fsdm.to_picture(file, *shape, prepare) for file in files[:K]] for files in sets]
+    return torch.from_numpy(np.stack(pictures)), names
+
+
+def crop_to_drawing(image):
+    """A PIL image -> the square around what is drawn, a sixth of it as a margin on each side, filled
+    with the paper's colour. The paper is what the edge of the image shows, the drawing what is at
+    least half as far from it as the farthest pixel."""
+    pixels = np.asarray(image.convert("RGB")).astype(int)   # [H, W, 3]
+    edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    paper = np.median(edge, axis=0).astype(int)
+    distance = np.abs(pixels - paper).max(2)
+    y, x = np.nonzero(2 * distance >= distance.max())
+    side = 1 + 4 * max(np.ptp(y), np.ptp(x)) // 3
+    square = Image.new("RGB", (side, side), tuple(paper.tolist()))
+    middle_y, middle_x = (y.min() + y.max()) // 2, (x.min() + x.max()) // 2
+    square.paste(image, (int(side // 2 - middle_x), int(side // 2 - middle_y)))
+    return square.convert(image.mode)
+
+
 def write_images(model, K, args, options):
     """Support from files or a data set -> grid.png, images/ and samples.npz."""
-    labels, shape = {}, (model.config.image_size, model.config.in_channels)
+    shape = model.config.image_size, model.config.in_channels
     if args.support:
-        pictures = [fsdm.to_picture(path, *shape) for path in args.support]
-        support = torch.from_numpy(np.stack(pictures))[None]
+        support, names = read_support(args.support, shape, crop_to_drawing if args.crop else None)
     else:
         data = fsdm.load_data(args.dataset, args.data_dir, *shape, args.download, [args.split])
         fsdm.check_data(data, K, [args.split])
         support, names = fsdm.draw_support(data[args.split], args.sets, K, args.seed, SETS)
-        labels["labels"] = np.repeat(names, args.num)
     support = support.to(model.alpha_bar.device)            # [S, K, C, H, W]
     out = fsdm.free_name(args.out_dir)
     (out / "images").mkdir(parents=True)                    # before the work, not to lose it
@@ -235,7 +272,7 @@ def write_images(model, K, args, options):
     for i, image in enumerate(flat):
         image = image if image.shape[2] == 3 else image[..., 0]
         Image.fromarray(image).save(out / "images" / f"{i:05d}.png")
-    np.savez(out / "samples.npz", arr_0=flat, **labels)
+    np.savez(out / "samples.npz", arr_0=flat, labels=np.repeat(names, args.num))
     grid(support, samples).save(out / "grid.png")
     print(f"{out / 'grid.png'} (support | samples), {len(flat)} images in {out / 'images'}, all in "
           "samples.npz")

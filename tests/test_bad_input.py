@@ -99,7 +99,7 @@ ROWS = [
     (f"{SAMPLE} --support float.tif", "no known range"),
     (f"{SAMPLE} --support bomb.png", "bomb.png"),
     (f"{SAMPLE} --support pipe.png", "pipe.png"),
-    (f"{SAMPLE} --support folder", "folder is a folder"),
+    (f"{SAMPLE} --support empty", "empty is an empty folder"),
     (f"{SAMPLE} --support empty", "empty"),
     (f"{SAMPLE} --support a.png --dataset glyphs", "either --support"),
     (SAMPLE, "either --support"),

@@ -87,6 +87,33 @@ def test_nothing_that_is_there_is_written_over_or_deleted(ckpt, tmp_path):
     assert all(again[path] == first[path] != other[path] for path in first if path.suffix == ".png")
 
 
+def test_every_folder_of_the_support_is_a_set_and_loose_files_are_one_more(ckpt, tmp_path, capsys):
+    for name, count in dict(red=3, green=2).items():
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.new("RGB", (9, 9), name).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "red" / ".DS_Store").write_text("hidden")
+    loose = [str(tmp_path / "green" / f"{i}.png") for i in range(2)]
+    sample.main(["--ckpt", ckpt, "--support", str(tmp_path / "red"), *loose, str(tmp_path / "green"), "--num", "2",
+                 "--steps", "2", "--out_dir", str(tmp_path / "out")])
+    saved = np.load(tmp_path / "out" / "samples.npz")
+    assert saved["labels"].tolist() == ["red"] * 2 + ["green"] * 2 + ["support"] * 2
+    assert "only the first 2 images of each set" in capsys.readouterr().out
+    grid = np.asarray(Image.open(tmp_path / "out" / "grid.png"))
+    assert grid.shape[0] == 3 * 18 and grid[9, 9].tolist() == [255, 0, 0] and grid[27, 9].tolist() == [0, 128, 0]
+
+
+@pytest.mark.parametrize("ink, paper", (("black", "white"), ("white", "black"), ("red", "silver")))
+def test_a_drawing_is_cropped_to_what_is_drawn_wherever_it_lies_and_keeps_its_margin(ink, paper):
+    image = Image.new("RGB", (200, 100), paper)
+    image.paste(ink, (150, 10, 181, 21))                    # 31 x 11 at the edge
+    cropped = sample.crop_to_drawing(image)
+    assert cropped.size == (41, 41)
+    drawn = (np.asarray(cropped) == np.asarray(Image.new("RGB", (41, 41), ink))).all(2)
+    assert drawn[15:26, 5:36].all() and drawn.sum() == 31 * 11
+    assert sample.crop_to_drawing(Image.new("L", (30, 30))).mode == "L"     # nothing drawn
+
+
 def test_sets_of_a_data_set_carry_their_labels(ckpt, tmp_path, few_glyphs):
     out = tmp_path / "out"
     sample.main(["--ckpt", ckpt, "--dataset", "glyphs", "--split", "test", "--sets", "3", "--num", "2", "--steps", "2",
