@@ -183,12 +183,17 @@ def orthogonalize(x, dtype):
         return orthogonalize(x.mT, dtype).mT
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     one = torch.eye(x.shape[1], dtype=dtype, device=x.device)
+
+    def polynomial(r):                                      # [k, m, m]
+        return 3.4445 * one - 4.7750 * r + 2.0315 * (r @ r)
+
     for rounds in (2, 3):
-        r, product = x @ x.mT, one
-        for _ in range(rounds):
-            p = 3.4445 * one - 4.7750 * r + 2.0315 * (r @ r)        # [k, m, m]
-            product = p @ product
+        r = x @ x.mT
+        p = product = polynomial(r)
+        for _ in range(rounds - 1):
             r = p @ r @ p
+            p = polynomial(r)
+            product = p @ product
         x = product @ x
     return x.float()
 
