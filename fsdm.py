@@ -1217,8 +1217,9 @@ def free_name(path):
 def load_model(path, device="cpu", weights="ema"):
     """Reads a checkpoint to generate with: path -> an FSDM in eval mode on `device`.
 
-    weights: "ema", the moving average, or "raw", the last step's. Executes nothing in the file
-    (weights_only). Raises OSError when there is no file and ValueError when it is not one of ours."""
+    weights: "ema", the moving average, or "raw", the last step's. model.about is a sentence on what it
+    was trained for. Executes nothing in the file (weights_only). Raises OSError when there is no file
+    and ValueError when it is not one of ours."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: there is no such checkpoint; train.py leaves ckpt.pt in its "
                                 "--out_dir")
@@ -1230,6 +1231,8 @@ def load_model(path, device="cpu", weights="ema"):
         with torch.device("meta"):                          # no memory before the shapes agree
             model = FSDM(Config(**saved["config"]))
         model.load_state_dict(state, strict=True, assign=True)
+        about = saved.get("about") or f"trained on {saved.get('dataset')}"
+        model.about = f"{about}, {saved.get('step')} steps"
     except OSError:
         raise
     except Exception as error:                              # what is no checkpoint fails in many ways

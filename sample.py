@@ -211,8 +211,10 @@ def main(argv=None):
                    draw_context=args.draw_context, dtype=dtype, batch_size=args.batch_size)
     if args.eta is not None:
         options["eta"] = args.eta
-    print(f"{args.weights} weights of {args.ckpt} on {device}, {str(dtype)[6:]} ({reason}): "
-          f"{args.sampler} in {args.steps} steps, guidance {guidance:g}, seed {args.seed}", flush=True)
+    print(f"{args.ckpt}: {model.about}; {config.image_size} x {config.image_size} pixels, "
+          f"{'RGB' if config.in_channels == 3 else 'grey'}, {args.weights} weights")
+    print(f"on {device}, {str(dtype)[6:]} ({reason}): {args.sampler} in {args.steps} steps, guidance "
+          f"{guidance:g}, seed {args.seed}", flush=True)
     if args.evaluate:
         write_scores(model, K, args, options)
     else:

@@ -14,6 +14,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fid
 import fsdm
+import release
 import sample
 
 HERE = Path(__file__).parent.parent
@@ -31,7 +32,8 @@ def ckpt(tmp_path_factory):
     path = tmp_path_factory.mktemp("ckpt") / "ckpt.pt"
     ema = model.state_dict()
     raw = {name: 1.1 * p for name, p in ema.items()}
-    torch.save(dict(config=dataclasses.asdict(CONFIG), model=raw, ema=ema), path)
+    state = dict(step=7, dataset="squares", config=dataclasses.asdict(CONFIG), model=raw, ema=ema)
+    torch.save(state, path)
     return str(path)
 
 
@@ -66,6 +68,19 @@ def test_support_files_of_any_kind_become_images(ckpt, tmp_path):
 
 def files(root):
     return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_released_checkpoint_is_smaller_draws_the_same_and_says_what_it_knows(ckpt, tmp_path, capsys):
+    released = str(tmp_path / "small.pt")
+    release.main(ckpt, released, "draws squares")
+    assert Path(released).stat().st_size < 0.5 * Path(ckpt).stat().st_size
+    for path in (ckpt, released):
+        sample.main(["--ckpt", path, "--support", str(Path(__file__).parent.parent / "assets" / "demo.png"), "--num", "2",
+                     "--steps", "2", "--device", "cpu", "--precision", "fp32", "--out_dir", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "small.pt: draws squares, " in said and "ckpt.pt: trained on squares, 7 steps" in said
+    first, second = (np.load(tmp_path / out / "samples.npz")["arr_0"].astype(int) for out in ("out", "out_1"))
+    assert np.abs(first - second).mean() < 1 < first.std()
 
 
 def test_nothing_that_is_there_is_written_over_or_deleted(ckpt, tmp_path):
