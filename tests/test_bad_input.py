@@ -69,6 +69,7 @@ ROWS = [
     (f"{TRAIN} --lr 0", "--lr is 0.0"),
     (f"{TRAIN} --lr nan", "--lr is nan"),
     (f"{TRAIN} --ema_decay 1", "--ema_decay is 1.0"),
+    (f"{TRAIN} --noisy_times 1.5", "--noisy_times is 1.5"),
     (f"{TRAIN} --cooldown 1", "--cooldown 1.0"),
     (f"{TRAIN} --max_hours 0", "--max_hours is 0.0"),
     (f"{TRAIN} --optimizer sgd", "sgd"),

@@ -174,6 +174,14 @@ def test_a_folder_of_grey_64_pixel_classes_trains_and_samples(tmp_path):
 
 # ---- The learning rate and the end of a run, by a clock of its own.
 
+@pytest.mark.parametrize("noisy_times", (0, 0.5, 1))
+def test_times_are_uniform_or_a_share_of_them_the_noisier_of_two(noisy_times):
+    t = train.draw_times((400, 500), 10, noisy_times, fsdm.rng("cpu", 0))
+    edge = torch.arange(11) / 10
+    below = (1 - noisy_times) * edge + noisy_times * edge ** 2              # P(max of two < u) = u^2
+    assert torch.allclose(t.flatten().bincount(minlength=10) / t.numel(), below.diff(), atol=0.003)
+
+
 def test_the_learning_rate_by_hand():
     def rate(step, progress, warmup_steps=10, cooldown=0.4):
         return train.learning_rate(2.0, step, warmup_steps, progress, cooldown)
@@ -691,7 +699,7 @@ def test_two_processes_equal_one_with_the_joint_batch_and_resume_bit_for_bit(gly
 
     joint, config = begin(*flags)                                           # and by hand, the two halves as one batch
     for step in range(4):
-        halves = [train.draw_batch(split, 2, config, fsdm.rng("cpu", 0, fsdm.TRAINING, step, part))
+        halves = [train.draw_batch(split, 2, config, fsdm.rng("cpu", 0, fsdm.TRAINING, step, part), 0.5)
                   for part in range(2)]
         both = [torch.cat(parts) for parts in zip(*(half[:4] for half in halves))]
         lr = train.learning_rate(1e-3, step, joint.args.warmup_steps, step / 4, 0.0)
