@@ -53,7 +53,7 @@ def seconds(device, run):
 
 
 def report(name, images, device, run):
-    """Prints the time of run(), which works on so many images, and the peak memory -> images a second."""
+    """Prints and returns what run(), which works on so many images, takes: {ms, images_per_second, peak_gib}."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(2):                                                              # compiles, fills caches
@@ -62,10 +62,10 @@ def report(name, images, device, run):
     while len(times) < 5 or len(times) < 50 and time.time() - began < SECONDS:
         times.append(seconds(device, run))
     times.sort()
-    median = times[len(times) // 2]
+    median, peak = times[len(times) // 2], peak_memory(device)
     print(f"{name}: {median * 1000:,.1f} ms (median of {len(times)}, {times[0] * 1000:,.1f} to "
-          f"{times[-1] * 1000:,.1f}), {images / median:,.1f} images/s, peak memory {peak_memory(device):.2f} GiB")
-    return images / median
+          f"{times[-1] * 1000:,.1f}), {images / median:,.1f} images/s, peak memory {peak:.2f} GiB")
+    return dict(ms=median * 1000, images_per_second=images / median, peak_gib=peak)
 
 
 def flops(model, batch):
@@ -102,7 +102,8 @@ def compare(model, args, device, dtype, compiled, draw):
     optimizer = torch.optim.AdamW(usual.parameters(), args.lr, betas=(0.9, 0.99), foreach=False, fused=False)
     with torch.no_grad():
         batch = next(draw())
-        assert torch.allclose(usual_loss(usual, *batch), model(*batch)[0].mean(), rtol=1e-4)
+        within = 1e-4 if device.type == "cpu" else 1e-3                              # TF32 has 10 bits
+        assert torch.allclose(usual_loss(usual, *batch), model(*batch)[0].mean(), rtol=within)
     if compiled:
         fsdm.compile_in_place(model, dtype)
 
@@ -132,6 +133,7 @@ def compare(model, args, device, dtype, compiled, draw):
 
 
 def main(argv):
+    """Prints what it measures -> the same as a dict of numbers."""
     args, config = train.parse_args(argv)
     device, _, _ = train.connect(args.device)
     dtype, reason = fsdm.choose_precision(device, args.precision)
@@ -152,20 +154,29 @@ def main(argv):
     if compiled:
         fsdm.compile_in_place(model, dtype)
     rate = fsdm.matmul_rate(device, dtype, 4096 if device.type == "cuda" else 1024)
-    speed = report(f"training, {args.batch_size} sets of {size}", args.batch_size * size, device,
-                   lambda: training.step(draw(), args.lr, 0))
-    print(f"  {count / 1e9:.2f} GFLOP an image, {speed * count / 1e12:.3f} TFLOP/s: {speed * count / rate:.0%} of this "
+    trained = report(f"training, {args.batch_size} sets of {size}", args.batch_size * size, device,
+                     lambda: training.step(draw(), args.lr, 0))
+    done = trained["images_per_second"] * count                             # FLOP/s
+    print(f"  {count / 1e9:.2f} GFLOP an image, {done / 1e12:.3f} TFLOP/s: {done / rate:.0%} of this "
           f"machine's matrix products ({rate / 1e12:.2f} TFLOP/s in {str(dtype)[6:]})")
 
     n = 8 if device.type == "cuda" else 1                                   # a CPU needs no more to be busy
     support, _ = fsdm.draw_support(split, 8, max(1, size - 1), args.seed, fsdm.PICTURE)
-    report(f"sampling, 8 sets x {n} images, 2m_sde in 20 steps", 8 * n, device,
-           lambda: fsdm.generate(training.ema, support, n, dtype=dtype))
+    sampled = report(f"sampling, 8 sets x {n} images, 2m_sde in 20 steps, guidance 1", 8 * n, device,
+                     lambda: fsdm.generate(training.ema, support, n, guidance=1.0, dtype=dtype))
+    found = dict(training=trained, sampling=sampled, gflop_an_image=count / 1e9, share_of_products=done / rate,
+                 products_tflops=rate / 1e12, usual=None, ours=None)
 
     if config.encoder != "none" and config.mode_context == "deterministic":
         del model, training                                                 # make room
-        usual, ours = compare(eager, args, device, dtype, compiled, draw)
+        try:
+            usual, ours = compare(eager, args, device, dtype, compiled, draw)
+        except torch.OutOfMemoryError:
+            print("training with AdamW: the usual way, beside ours, does not fit into this machine's memory")
+            return found
         print(f"training with AdamW: the usual way {usual:.1f} images/s, ours {ours:.1f}, {ours / usual:.2f} times")
+        found.update(usual=usual, ours=ours)                                # images/s
+    return found
 
 
 if __name__ == "__main__":

@@ -524,16 +524,19 @@ def test_the_step_compiles_as_one_graph_and_agrees_with_eager(split):
 
 def test_speed_measures_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "SECONDS", 0)
-    speed.main([*SMALL, "--out_dir", str(tmp_path / "out")])
+    found = speed.main([*SMALL, "--out_dir", str(tmp_path / "out")])
     said = capsys.readouterr().out
+    for number in (f"{found['training']['ms']:,.1f} ms", f"{found['sampling']['images_per_second']:,.1f} images/s",
+                   f"{found['share_of_products']:.0%} of", f"{found['ours'] / found['usual']:.2f} times"):
+        assert number in said
     for words in ("training, 4 sets of 4: ", "GFLOP an image", "matrix products", "sampling, 8 sets", "peak memory",
                   "the usual way", "ours"):
         assert words in said
     assert not (tmp_path / "out").exists()
     for flags in (["--mode_context", "variational"], ["--encoder", "none"]):        # nothing to compare with
-        speed.main([*SMALL, *flags])
+        found = speed.main([*SMALL, *flags])
         said = capsys.readouterr().out
-        assert "sampling" in said and "the usual way" not in said
+        assert "sampling" in said and "the usual way" not in said and found["usual"] is None
 
 
 # ---- Nothing good is lost.
