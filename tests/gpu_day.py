@@ -1,0 +1,252 @@
+"""Everything that is to be measured on a GPU, in parts that each end within nine minutes and leave JSON and pictures.
+
+    python tests/gpu_day.py --out_dir day --dataset photos.npz --fid_weights weights.pth
+    python tests/gpu_day.py --out_dir day --part 2          # one part, or the rest of what it had no time for
+    python tests/gpu_day.py --out_dir day --tiny            # small models on a CPU: does all of it run?
+
+1: the claims of tests/test_gpu.py;  2: speed and memory of every preset;  3: eight minutes of training, scored on
+classes never trained on;  4: eight minutes more;  5: the table of predictions in RESULTS.md, filled in.
+"""
+import argparse
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+import fid
+import fsdm
+import kill
+import sample
+import speed
+import train
+
+SECONDS = 540                               # a part, at most
+LAST_START = 400                            # after so many seconds no measurement of a preset begins
+HALVES = ("fp16", "bf16")
+TINY = """--image_size 8 --patch_size 4 --encoder_patch_size 4 --hidden_size 32 --hdim 32 --num_heads 2 --depth 1
+    --encoder_depth 1 --sample_size 3 --batch_size 2 --no_compile --device cpu --precision bf16 --log_interval 1
+    --num_eval_batches 1 --num_sample_batches 1""".split()
+
+
+# ---- The parts: each takes the command line and returns what its JSON will hold; "failed" is a sentence.
+
+class Outcomes:
+    """What pytest tells its plugins -> tests: {name: outcome, why, seconds}."""
+    def __init__(self):
+        self.tests = {}
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or report.outcome != "passed":
+            why = getattr(report, "wasxfail", "") or report.longreprtext[-2000:]
+            name = report.nodeid.split("::")[-1]
+            self.tests[name] = dict(outcome=report.outcome, why=why, seconds=report.duration)
+
+
+def claims(args):
+    outcomes, chosen = Outcomes(), "real_gpu"
+    if args.tiny:
+        os.environ["TEST_DEVICE"], chosen = "cpu", "real_gpu and muon"
+    code = pytest.main(["-q", "-p", "no:cacheprovider", "-k", chosen, str(HERE / "test_gpu.py")], plugins=[outcomes])
+    failed = [name for name, test in outcomes.tests.items() if test["outcome"] == "failed"]
+    return dict(tests=outcomes.tests, failed=f"pytest ends with {int(code)}; {', '.join(failed)}" if code else None)
+
+
+def speeds(args):
+    """Adds to speed.json, preset by preset; what is there already is not measured again."""
+    path, began, failed = args.out_dir / "speed.json", time.time(), []
+    rows = json.loads(path.read_text()) if path.exists() else {}
+    speed.SECONDS = 0 if args.tiny else 5
+    wanted = [f"{preset} {half}" for preset in fsdm.PRESETS for half in HALVES]
+    if args.tiny:
+        wanted = ["t4 bf16", "mnist bf16"]                  # a CPU multiplies fp16 a hundred times slower
+    elif torch.cuda.get_device_capability() < (8, 0):
+        print("bf16 is left out: a card below compute capability 8.0 computes it in software")
+        wanted = [name for name in wanted if not name.endswith("bf16")]
+    for name in wanted:
+        if name in rows:
+            continue
+        if time.time() - began > LAST_START:
+            failed.append(f"{name} had no time: pass --part 2 again")
+            continue
+        try:
+            rows[name] = measure(*name.split(), args)
+            write(path, rows)
+        except Exception as error:                          # the other presets still have their turn
+            failed.append(f"{name}: {one_line(error)}")
+    return dict(rows=rows, failed="; ".join(failed) or None)
+
+
+def measure(preset, half, args):
+    torch._dynamo.reset()                                   # it compiles one function for a few models only
+    gc.collect()
+    torch.cuda.empty_cache()
+    return speed.main(["--preset", preset, *TINY * args.tiny, "--precision", half])
+
+
+def first_minutes(args):
+    return train_and_score(args, "part3", ["--restart", "--cooldown", "0", *length(args, 4)])
+
+
+def more_minutes(args):
+    if not (args.out_dir / "t4" / "ckpt.pt").exists():
+        raise ValueError(f"there is no checkpoint of part 3 in {args.out_dir / 't4'} to go on from: run part 3")
+    return train_and_score(args, "part4", length(args, 8))
+
+
+def length(args, tiny_steps):
+    return ["--max_steps", str(tiny_steps)] if args.tiny else ["--max_hours", str(8 / 60)]
+
+
+def train_and_score(args, name, flags):
+    run, began = args.out_dir / "t4", time.time()
+    train.main(["--preset", "t4", *TINY * args.tiny, "--dataset", args.dataset, "--out_dir", str(run), *flags])
+    losses = kill.losses(run)
+    picture, curve = args.out_dir / f"{name}_samples.png", args.out_dir / f"{name}_loss.png"
+    max(run.glob("samples_*.png")).rename(picture)
+    draw(losses).save(curve)
+    found = dict(losses=losses, pictures=[str(picture), str(curve)], training_seconds=time.time() - began, failed=None)
+    try:
+        found["scores"], found["recipe"] = score(run / "ckpt.pt", args)
+    except (ValueError, OSError, fid.FIDError) as error:    # what was trained stays
+        found["failed"] = f"no scores: {one_line(error)}"
+    return found
+
+
+def score(ckpt, args):
+    """-> scores of 500 images of unseen classes, and their recipe, as sample.evaluate returns them."""
+    device = fsdm.choose_device("cpu" if args.tiny else "cuda")
+    dtype = torch.bfloat16 if args.tiny else fsdm.choose_precision(device)[0]
+    model, weights, dims = fsdm.load_model(ckpt, device), args.fid_weights, 64 if args.tiny else 768
+    config = model.config
+    if args.tiny and weights is None:                       # the scores mean nothing, but are computed
+        weights = args.out_dir / "random_inception.pth"
+        torch.save(fid.Inception(dims).state_dict(), weights)
+    parts = fsdm.load_data(args.dataset, "data", config.image_size, config.in_channels, parts=["test"])
+    return sample.evaluate(model, parts["test"].to(device), fid.load_inception(weights, dims, str(device)), 500,
+                           config.sample_size - 1, dtype=dtype, guidance=fsdm.best_guidance(config))
+
+
+def draw(losses, width=640, height=320):
+    """[(step, loss)] -> a picture of the curve, with its ends written at the corners."""
+    steps, values = np.array([row for row in losses if row[1] is not None]).T
+    x = np.interp(steps, (steps.min(), steps.max()), (0, width))
+    y = np.interp(values, (values.min(), values.max()), (height, 0))
+    picture = Image.new("L", (width, height), 255)
+    pen = ImageDraw.Draw(picture)
+    pen.line(list(zip(x, y)), 0, 2)
+    pen.text((width - 8, 8), f"loss {values.max():.4f} to {values.min():.4f}", 0, anchor="ra")
+    pen.text((width - 8, 24), f"steps {steps.min():,.0f} to {steps.max():,.0f}", 0, anchor="ra")
+    return picture
+
+
+def table(args):
+    """Fills the empty columns of RESULTS.md's table, ready to go back there."""
+    path = args.out_dir / "speed.json"
+    if not path.exists():
+        raise ValueError(f"there is no {path} to fill the table with: run part 2")
+    rows, half = json.loads(path.read_text()), "bf16" if args.tiny else "fp16"
+    text = (HERE.parent / "assets" / "RESULTS.md").read_text()
+    head, *lines = re.search(r"^\| preset \| batch .*\n(\|.*\n)+", text, re.M)[0].splitlines()
+    lines = [fill(line, rows.get(f"{line.split('`')[1]} {half}")) if "`" in line else line for line in lines]
+    filled = "\n".join([f"{machine(args)}, torch {torch.__version__}, {half}\n", head, *lines])
+    (args.out_dir / "predicted.md").write_text(filled + "\n")
+    print(filled)
+    return dict(table=filled)
+
+
+def fill(line, found):
+    """A row of the table: each predicted figure stands left of an empty cell."""
+    if found is None:
+        return line
+    trained, sampled = found["training"], found["sampling"]
+    cells = line.split("|")
+    cells[5] = f" {trained['images_per_second']:,.0f} "
+    cells[7] = f" {trained['ms']:,.0f} "
+    cells[9] = f" {trained['peak_gib']:.2f} GiB "
+    cells[11] = f" {sampled['images_per_second']:,.0f} "
+    return "|".join(cells)
+
+
+PARTS = {1: claims, 2: speeds, 3: first_minutes, 4: more_minutes, 5: table}
+
+
+# ---- One part in this process, or all of them, each in its own, which may fail or hang without the others.
+
+def one_line(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def write(path, record):
+    fsdm.write_whole(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
+
+
+def machine(args):
+    return "a CPU, tiny models" if args.tiny else torch.cuda.get_device_name()
+
+
+def run(number, args):
+    """-> the sentence of what failed, or None; both are in part<number>.json, which is there from the start."""
+    path, began = args.out_dir / f"part{number}.json", time.time()
+    record = dict(part=number, machine=machine(args), torch=torch.__version__, failed="it did not end")
+    write(path, record)
+    try:
+        record |= dict(failed=None) | PARTS[number](args)
+    except (Exception, SystemExit) as error:                # whatever it was, the file says so
+        traceback.print_exc()
+        record["failed"] = one_line(error)
+    write(path, record | dict(seconds=time.time() - began))
+    return record["failed"]
+
+
+def run_all(argv):
+    """-> the numbers of the parts that failed."""
+    failed = []
+    for number in PARTS:
+        try:
+            code = subprocess.run([sys.executable, __file__, *argv, "--part", str(number)], timeout=SECONDS).returncode
+        except subprocess.TimeoutExpired:
+            code = "more than nine minutes"
+        if code:
+            failed.append(str(number))
+    return failed
+
+
+def main(argv):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out_dir", type=Path, required=True, help="for JSON, pictures and the checkpoint")
+    p.add_argument("--part", type=int, choices=PARTS, help="one part only")
+    p.add_argument("--dataset", help="as of train.py (data/photos.npz if it is there, else glyphs)")
+    p.add_argument("--fid_weights", help="Inception weights file; torch's cache or a download if left out")
+    p.add_argument("--tiny", action="store_true", help="small models, a few steps, on a CPU")
+    args = p.parse_args(argv)
+    if not args.tiny and not torch.cuda.is_available():
+        p.error("there is no GPU here to measure: pass --tiny to see that all parts run")
+    if args.dataset is None:
+        args.dataset = "data/photos.npz" if os.path.exists("data/photos.npz") else "glyphs"
+    print(f"data set {args.dataset}", flush=True)
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    if args.part is None:
+        failed = run_all(argv)
+        sentence = f"parts {', '.join(failed)} failed: see {args.out_dir}/part*.json" if failed else None
+    else:
+        failed = run(args.part, args)
+        sentence = f"part {args.part}: {failed}" if failed else None
+    if sentence:
+        print(f"gpu_day.py: {sentence}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
