@@ -33,8 +33,8 @@ import speed
 import train
 
 SECONDS = 540                               # a part, at most
-LAST_START = 400                            # after so many seconds no measurement of a preset begins
-HALVES = ("fp16", "bf16")
+LAST_START = 360                            # after so many seconds of part 2 no preset begins: it compiles
+HOURS = "0.13"                              # of training; with the start of the program it is eight minutes
 TINY = """--image_size 8 --patch_size 4 --encoder_patch_size 4 --hidden_size 32 --hdim 32 --num_heads 2 --depth 1
     --encoder_depth 1 --sample_size 3 --batch_size 2 --no_compile --device cpu --precision bf16 --log_interval 1
     --num_eval_batches 1 --num_sample_batches 1""".split()
@@ -43,19 +43,20 @@ TINY = """--image_size 8 --patch_size 4 --encoder_patch_size 4 --hidden_size 32 
 # ---- The parts: each takes the command line and returns what its JSON will hold; "failed" is a sentence.
 
 class Outcomes:
-    """What pytest tells its plugins -> tests: {name: outcome, why, seconds}."""
-    def __init__(self):
-        self.tests = {}
+    """What pytest tells its plugins -> claims.json {test: outcome, why, seconds}, also when there is no time for all."""
+    def __init__(self, path):
+        self.path, self.tests = path, {}
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or report.outcome != "passed":
             why = getattr(report, "wasxfail", "") or report.longreprtext[-2000:]
             name = report.nodeid.split("::")[-1]
             self.tests[name] = dict(outcome=report.outcome, why=why, seconds=report.duration)
+            write(self.path, self.tests)
 
 
 def claims(args):
-    outcomes, chosen = Outcomes(), "real_gpu"
+    outcomes, chosen = Outcomes(args.out_dir / "claims.json"), "real_gpu"
     if args.tiny:
         os.environ["TEST_DEVICE"], chosen = "cpu", "real_gpu and muon"
     code = pytest.main(["-q", "-p", "no:cacheprovider", "-k", chosen, str(HERE / "test_gpu.py")], plugins=[outcomes])
@@ -68,7 +69,7 @@ def speeds(args):
     path, began, failed = args.out_dir / "speed.json", time.time(), []
     rows = json.loads(path.read_text()) if path.exists() else {}
     speed.SECONDS = 0 if args.tiny else 5
-    wanted = [f"{preset} {half}" for preset in fsdm.PRESETS for half in HALVES]
+    wanted = [f"{preset} {half}" for preset in fsdm.PRESETS for half in ("fp16", "bf16")]
     if args.tiny:
         wanted = ["t4 bf16", "mnist bf16"]                  # a CPU multiplies fp16 a hundred times slower
     elif torch.cuda.get_device_capability() < (8, 0):
@@ -80,40 +81,34 @@ def speeds(args):
         if time.time() - began > LAST_START:
             failed.append(f"{name} had no time: pass --part 2 again")
             continue
+        torch._dynamo.reset()                               # it compiles one function for a few models only
+        gc.collect()
+        torch.cuda.empty_cache()
+        preset, half = name.split()
         try:
-            rows[name] = measure(*name.split(), args)
+            rows[name] = speed.main(["--preset", preset, *TINY * args.tiny, "--precision", half])
             write(path, rows)
         except Exception as error:                          # the other presets still have their turn
             failed.append(f"{name}: {one_line(error)}")
     return dict(rows=rows, failed="; ".join(failed) or None)
 
 
-def measure(preset, half, args):
-    torch._dynamo.reset()                                   # it compiles one function for a few models only
-    gc.collect()
-    torch.cuda.empty_cache()
-    return speed.main(["--preset", preset, *TINY * args.tiny, "--precision", half])
-
-
 def first_minutes(args):
-    return train_and_score(args, "part3", ["--restart", "--cooldown", "0", *length(args, 4)])
+    return train_and_score(args, 3, ["--restart", "--cooldown", "0"])
 
 
 def more_minutes(args):
     if not (args.out_dir / "t4" / "ckpt.pt").exists():
-        raise ValueError(f"there is no checkpoint of part 3 in {args.out_dir / 't4'} to go on from: run part 3")
-    return train_and_score(args, "part4", length(args, 8))
+        raise ValueError(f"there is no checkpoint in {args.out_dir / 't4'} to go on from: run part 3")
+    return train_and_score(args, 4, [])
 
 
-def length(args, tiny_steps):
-    return ["--max_steps", str(tiny_steps)] if args.tiny else ["--max_hours", str(8 / 60)]
-
-
-def train_and_score(args, name, flags):
-    run, began = args.out_dir / "t4", time.time()
-    train.main(["--preset", "t4", *TINY * args.tiny, "--dataset", args.dataset, "--out_dir", str(run), *flags])
+def train_and_score(args, part, flags):
+    began, run = time.time(), args.out_dir / "t4"
+    flags += ["--max_steps", str(4 * part), *TINY] if args.tiny else ["--max_hours", HOURS]
+    train.main(["--preset", "t4", "--dataset", args.dataset, "--out_dir", str(run), *flags])
     losses = kill.losses(run)
-    picture, curve = args.out_dir / f"{name}_samples.png", args.out_dir / f"{name}_loss.png"
+    picture, curve = (args.out_dir / f"part{part}_{name}.png" for name in ("samples", "loss"))
     max(run.glob("samples_*.png")).rename(picture)
     draw(losses).save(curve)
     found = dict(losses=losses, pictures=[str(picture), str(curve)], training_seconds=time.time() - began, failed=None)
@@ -162,7 +157,6 @@ def table(args):
     lines = [fill(line, rows.get(f"{line.split('`')[1]} {half}")) if "`" in line else line for line in lines]
     filled = "\n".join([f"{machine(args)}, torch {torch.__version__}, {half}\n", head, *lines])
     (args.out_dir / "predicted.md").write_text(filled + "\n")
-    print(filled)
     return dict(table=filled)
 
 

@@ -13,15 +13,18 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
 import fid
 import fsdm
+import gpu_day
 import kill
 import speed
 import train
@@ -388,3 +391,80 @@ def test_on_a_real_gpu_muons_update_has_the_singular_vectors_of_the_gradient(dev
     assert 0.65 < values.min() and values.max() < 1.25
     rest = between - torch.diag_embed(values)
     assert rest.norm() < HALVES[half] * values.norm()
+
+
+# ---- The day on a GPU, tests/gpu_day.py: that it runs, on a CPU.
+
+def part(day, number):
+    return json.loads((day / f"part{number}.json").read_text())
+
+
+def test_a_day_on_a_gpu_runs_in_small_on_a_cpu(glyphs, tmp_path):
+    day = tmp_path / "day"
+    code, said = program("tests/gpu_day.py", "--out_dir", str(day), "--tiny", "--dataset", glyphs)
+    assert code == 0, said[-3000:]
+    claims, speeds, first, more, table = (part(day, number) for number in range(1, 6))
+    assert [found["failed"] for found in (claims, speeds, first, more, table)] == [None] * 5
+    assert [test["outcome"] for test in claims["tests"].values()].count("passed") == 2
+    assert speeds["rows"].keys() == {"t4 bf16", "mnist bf16"}
+    assert first["losses"][0][0] == 1 and more["losses"][:12] == first["losses"] and more["losses"][-1][0] == 16
+    for found in (first, more):
+        samples, curve = map(Image.open, found["pictures"])
+        assert samples.size == ((2 + 8) * (8 * 2 + 2) + 8, 4 * (8 * 2 + 2))   # 4 sets, 2 support images and 8 samples
+        assert np.asarray(curve).min() == 0                                         # something is drawn
+        assert all(np.isfinite(row["fid"]) for row in found["scores"].values())
+    for preset, predicted in (("t4", "526"), ("mnist", "877")):
+        trained = speeds["rows"][f"{preset} bf16"]["training"]
+        row = re.search(rf"^\| `{preset}` .*", table["table"], re.M)[0]
+        assert f"| {predicted} | {trained['images_per_second']:,.0f} | " in row and f"| {trained['ms']:,.0f} | " in row
+    assert "| 358 | | 537 | |" in (day / "predicted.md").read_text()                # not measured, left empty
+
+
+def day_on(*argv):
+    """-> exit code of gpu_day.py."""
+    try:
+        gpu_day.main([*argv, "--tiny"])
+        return 0
+    except SystemExit as error:
+        return error.code
+
+
+def test_a_part_of_the_day_that_fails_says_so_and_the_others_run(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def start(command, timeout):
+        ran.append(command[-1])
+        if command[-1] == "2":
+            raise subprocess.TimeoutExpired(command, timeout)
+        return SimpleNamespace(returncode=2 if command[-1] == "4" else 0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", start)
+        assert day_on("--out_dir", str(tmp_path)) == 2
+    assert ran == list("12345") and "gpu_day.py: parts 2, 4 failed: see" in capsys.readouterr().err
+
+    assert day_on("--out_dir", str(tmp_path), "--part", "4") == 2           # there is no part 3 to go on from
+    assert "run part 3" in part(tmp_path, 4)["failed"] and "run part 3" in capsys.readouterr().err
+
+
+def test_a_preset_that_fails_does_not_stop_the_others_and_is_measured_again(tmp_path, monkeypatch):
+    asked = []
+
+    def measure(flags):
+        asked.append(flags[1])
+        if asked == ["t4"]:
+            raise RuntimeError("CUDA error: an illegal memory access\nand advice")
+        return dict(preset=flags[1])
+
+    monkeypatch.setattr(speed, "main", measure)
+    monkeypatch.setattr(speed, "SECONDS", speed.SECONDS)                    # which the part changes
+    assert day_on("--out_dir", str(tmp_path), "--part", "2") == 2
+    assert part(tmp_path, 2)["failed"] == "t4 bf16: RuntimeError: CUDA error: an illegal memory access"
+    assert day_on("--out_dir", str(tmp_path), "--part", "2") == 0 and asked == ["t4", "mnist", "t4"]
+    assert part(tmp_path, 2)["rows"] == {"t4 bf16": dict(preset="t4"), "mnist bf16": dict(preset="mnist")}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_day_is_one_sentence(tmp_path):
+    code, said = program("tests/gpu_day.py", "--out_dir", str(tmp_path / "day"))
+    assert code == 2 and "no GPU here" in said and "Traceback" not in said and not (tmp_path / "day").exists()
