@@ -43,7 +43,7 @@ TINY = """--image_size 8 --patch_size 4 --encoder_patch_size 4 --hidden_size 32 
 # ---- The parts: each takes the command line and returns what its JSON will hold; "failed" is a sentence.
 
 class Outcomes:
-    """What pytest tells its plugins -> claims.json {test: outcome, why, seconds}, also when there is no time for all."""
+    """What pytest tells its plugins -> claims.json {test: outcome, why, seconds}, at once: time may run out."""
     def __init__(self, path):
         self.path, self.tests = path, {}
 

@@ -125,6 +125,20 @@ def test_a_gpu_without_kernels_is_one_sentence(tmp_path):
     assert code == 2 and "no kernels for" in said and "6.0" in said and "Traceback" not in said, said[-3000:]
 
 
+NAMES = """
+import torch
+from test_gpu import unrepeatable
+torch.backends.cudnn.enabled = False            # cuDNN does not survive a GPU that computes nothing
+print(unrepeatable(torch.device("cuda"), torch.float16))
+"""
+
+
+@inert
+def test_on_a_t4_the_one_operation_that_may_not_repeat_itself_is_attention():
+    code, said = on("t4", 1, "-c", NAMES, PYTHONPATH=str(HERE / "tests"))
+    assert code == 0 and "['Memory Efficient attention']" in said, said[-3000:]
+
+
 # DDP would find at times that the ranks' models differ, since collectives deliver nothing there
 TWO = """
 import ctypes, sys, torch, train
@@ -280,7 +294,8 @@ def unrepeatable(device, dtype):
             training.step([batch], 1e-3, 0)
     finally:
         torch.use_deterministic_algorithms(False)
-    return sorted({word for line in said for word in re.findall(r"(\S+) does not have a determ", str(line.message))})
+    pattern = r"(.+?) (?:does not have a|defaults to a non-)determ"
+    return sorted({name for line in said for name in re.findall(pattern, str(line.message))})
 
 
 def test_on_a_real_gpu_a_resume_is_exact_or_the_operation_that_is_not_is_named(device, glyphs, tmp_path):
