@@ -317,12 +317,13 @@ def test_on_a_real_gpu_a_resume_is_exact_or_the_operation_that_is_not_is_named(d
 def samples(device, dtype):
     """-> uint8 [2, 4, C, H, W] of a model that is the same on every device."""
     training, (images, *_) = prepare(PRESETS["t4"], device, torch.float32)
+    training.ema.denoiser.out.weight.mul_(0.02)             # else nearly all is black or white, and equal
     return fsdm.generate(training.ema, images[:, :5], 4, seed=1, dtype=dtype).cpu()
 
 
 def test_on_a_real_gpu_the_samples_of_a_seed_are_the_cpus(device):
     expected = samples(torch.device("cpu"), torch.float32).int()
-    assert expected.float().std() > 20                      # grey pictures would be alike
+    assert ((expected > 0) & (expected < 255)).float().mean() > 0.5 and expected.float().std() > 20
     far = (samples(device, torch.float32).int() - expected).abs()
     assert far.max() <= 2
 
