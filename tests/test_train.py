@@ -1,5 +1,6 @@
 """Claims about the training program, on a model that trains in seconds."""
 import copy
+import importlib.util
 import itertools
 import json
 import math
@@ -495,8 +496,20 @@ def test_training_and_validation_take_a_part_of_the_batch_at_a_time(glyph_file, 
     ((6, 0), torch.float16, False)])
 def test_precision_and_compilation_follow_the_compute_capability(monkeypatch, capability, dtype, compiled):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     assert fsdm.choose_precision(torch.device("cuda"))[0] == dtype
     assert fsdm.choose_compile(torch.device("cuda"))[0] == compiled
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)     # as in torch for Windows
+    assert fsdm.choose_compile(torch.device("cuda")) == (False, "no Triton found")
+
+
+@pytest.mark.parametrize("cuda, mps, chosen", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_auto_is_the_gpu_then_apples_then_the_cpu(monkeypatch, cuda, mps, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert fsdm.choose_device("auto") == torch.device(chosen)
 
 
 @pytest.mark.parametrize("rates, dtype", [((100e9, 400e9), torch.bfloat16), ((100e9, 90e9), torch.float32)])
