@@ -77,7 +77,7 @@ def draw_character(symbol):
 # ---- Emoji
 
 def draw_emoji(symbol, count):
-    """-> uint8 [count, SIZE, SIZE, 3]: the designs in turn, first the originals (if this is no copy), then versions."""
+    """-> uint8 [count, SIZE, SIZE, 3]: the designs in turn. Copy 0 begins with the originals."""
     images = []
     for i in range(count):
         design = symbol.source[i % DESIGNS]
@@ -126,7 +126,8 @@ def read_classes(path, kind):
     """-> two dicts {name: uint8 [images, ...]}: classes to train on, evaluation classes."""
     arrays = fsdm.read_npz(path, ("images", "labels", "class_names", "class_is_evaluation"))
     if len(arrays) < 4:
-        raise ValueError(f"{path} holds {sorted(arrays)}: images, labels, class_names and class_is_evaluation are needed")
+        raise ValueError(f"{path} holds {sorted(arrays)} of what is needed: images, labels, class_names "
+                         "and class_is_evaluation")
     parts = {}, {}
     for c, name in enumerate(arrays["class_names"].astype(str)):
         evaluation = int(arrays["class_is_evaluation"][c])
@@ -225,8 +226,8 @@ def main(argv=None):
     for kind in ("omniglot", "glyph", "emoji"):
         of_kind = np.array([kind_of(symbol) == kind for symbol in symbols])
         train, held_out, images = (of_kind & ~evaluation).sum(), (of_kind & evaluation).sum(), of_kind @ counts
-        print(f"{kind}: {train:,} classes to train on ({train / (~evaluation).sum():.1%}), {held_out:,} for evaluation, "
-              f"{images:,} images, {images * SIZE * SIZE * 3 / 1e6:.0f} MB")
+        print(f"{kind}: {train:,} classes to train on ({train / (~evaluation).sum():.1%}), {held_out:,} for "
+              f"evaluation, {images:,} images, {images * SIZE * SIZE * 3 / 1e6:.0f} MB")
     print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.0f} MB")
     if args.preview:
         preview(classes).save(args.preview)
