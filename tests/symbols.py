@@ -1,4 +1,4 @@
-"""One .npz of symbols of three kinds for `train.py --dataset symbols.npz`, 32 x 32 in colour; no training, no chance:
+"""Builds one .npz of symbols of three kinds for `train.py --dataset symbols.npz`, 32 x 32, the same bytes each time:
 
     python tests/symbols.py --omniglot omniglot_28.npz --emoji emoji_32.npz --out symbols.npz --preview symbols.png
 
@@ -135,9 +135,9 @@ def read_classes(path, kind):
     return parts
 
 
-def read_glyphs(count):
-    """-> as read_classes, `count` glyphs to train on: those of fsdm.glyphs, and as many new ones as are missing."""
-    train, held_out = 1000, 200                     # fsdm.glyphs' own: its val and test follow its train classes
+def read_glyphs(count, train=1000, held_out=200):
+    """-> as read_classes, at least `count` glyphs to train on: those of fsdm.glyphs and, after the held out ones that
+    validate and test there, as many new ones as are missing."""
     classes = (train, held_out, max(0, count - train))
     images, labels, names, keep = fsdm.glyphs(None, SIZE, False, classes, PER_GLYPH)
     images = images.reshape(len(names), PER_GLYPH, SIZE, SIZE, 3)
