@@ -5,12 +5,13 @@
 omniglot/   characters, all of one class in one ink on one paper, a third of them in black, white or greys; a character
             to train on is --recolour classes, in other colours each.
 glyph/      the invented characters of fsdm.glyphs; those that validate and test there are evaluation classes here.
-emoji/      five designs of a thing, and every design again, turned, smaller and pushed aside.
+emoji/      five designs of a thing, and every design again and again, turned, scaled and pushed aside.
 
-Emoji: a class has each design equally often, so two images of it are of different designs six times in seven, and a
-version differs from its original by at least 3 degrees and a pixel, so that no copied pixels are ever the answer. Few
-versions show a target its own design less often (of 15 images 60% of full sets do, of 6 images 33%), but 6 images are
-one set only, which is learned by heart; designs 2 to 4 are one drawing in three finishes and count as three.
+Emoji: a class has each design equally often, so two of its 15 images are of different designs six times in seven, and
+versions of one design are turned, scaled and shifted apart until they differ nearly as much in pixels as designs do.
+Designs 2 to 4 are one drawing in three finishes, at first pixel on pixel: in classes to train on only design 2 stays
+in its place, so that no image is another one recoloured. (Six images would show a target its own design in 33% of full
+sets, 15 do in 60%; but six are the same set every time, which is learned by heart.)
 
 --shares are those of the classes to train on, which train.py draws evenly; characters say how many these are. Classes
 are in the order of the SHA-1 of their symbols' names, so the tenth that validates is of all kinds, and it shares no
@@ -77,12 +78,15 @@ def draw_character(symbol):
 # ---- Emoji
 
 def draw_emoji(symbol, count):
-    """-> uint8 [count, SIZE, SIZE, 3]: the designs in turn. Copy 0 begins with the originals."""
+    """-> uint8 [count, SIZE, SIZE, 3]: the designs in turn, as they are or jittered."""
+    if symbol.evaluation:
+        originals = DESIGNS                         # a measurement's support can be what people drew
+    else:
+        originals = 3 if symbol.copy == 0 else 0    # not 3 and 4, which lie on 2
     images = []
     for i in range(count):
         design = symbol.source[i % DESIGNS]
-        original = i < DESIGNS and symbol.copy == 0
-        images.append(design if original else jittered(design, symbol.rng(i)))
+        images.append(design if i < originals else jittered(design, symbol.rng(i)))
     return np.stack(images)
 
 
@@ -204,7 +208,7 @@ def parse_args(argv):
     p.add_argument("--out", required=True, help="the .npz to write")
     p.add_argument("--recolour", type=int, default=2, help="classes made of each character to train on")
     p.add_argument("--shares", type=float, nargs=3, default=(0.5, 0.15, 0.35), help="of characters, glyphs, emoji")
-    p.add_argument("--per_emoji", type=int, default=15, help="images of an emoji: five originals, the others versions")
+    p.add_argument("--per_emoji", type=int, default=15, help="images of an emoji, jittered but for the first")
     p.add_argument("--preview", help="a .png of some classes")
     args = p.parse_args(argv)
     if args.recolour < 1 or args.shares[0] <= 0 or min(args.shares) < 0:
