@@ -2,8 +2,9 @@
 
     python tests/symbols.py --omniglot omniglot_28.npz --emoji emoji_32.npz --out symbols.npz --preview symbols.png
 
-omniglot/   characters, all of one class in one ink on one paper, a third of them in black, white or greys; a character
-            to train on is --recolour classes, in other colours each.
+omniglot/   characters, all of one class in one ink on one paper, a third of them in black, white or greys, a third with
+            a thick pen; a character to train on is --recolour classes, each in other colours and, as is usual with
+            Omniglot, a quarter turned further, which makes another character of it.
 glyph/      the invented characters of fsdm.glyphs; those that validate and test there are evaluation classes here.
 emoji/      five designs of a thing, and every design again and again, turned, scaled and pushed aside.
 
@@ -25,13 +26,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fsdm
 
 
-SIZE, DESIGNS, PER_GLYPH, PLAIN = 32, 5, 20, 1 / 3
+SIZE, DESIGNS, PER_GLYPH = 32, 5, 20
+PLAIN, THICK = 1 / 3, 1 / 3                 # shares of the characters' classes
 LUMINANCE = np.array([0.30, 0.59, 0.11])
 
 
@@ -66,9 +68,14 @@ def draw_character(symbol):
     """-> uint8 [images, SIZE, SIZE, 3]."""
     g = symbol.rng()
     ink, paper, plain = two_colours(g)
+    thick = g.random() < THICK
     images = []
-    for pixels in symbol.source:
-        share = np.array(Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.LANCZOS))[..., None] / 255
+    for pixels in np.rot90(symbol.source, symbol.copy, (1, 2)):
+        picture = Image.fromarray(pixels)
+        if thick:
+            picture = picture.filter(ImageFilter.MaxFilter(3))
+        picture = picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+        share = np.array(picture)[..., None] / 255                          # of ink in every pixel
         tint = g.normal(0, 0 if plain else 0.025, (2, 3))                   # as in fsdm.draw_glyph
         image = share * (ink + tint[0]) + (1 - share) * (paper + tint[1])
         images.append((255 * image.clip(0, 1)).round().astype(np.uint8))
