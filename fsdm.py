@@ -1083,6 +1083,25 @@ def load_data(dataset, data_dir, size, channels, download=False, parts=("train",
     return splits
 
 
+class Progress:
+    """Says how far a long work is, every ten seconds from the fifth on."""
+    def __init__(self, verb, total):
+        self.verb, self.total, self.done = verb, total, 0
+        self.began = time.time()
+        self.due = self.began + 5
+
+    def __call__(self, more):
+        self.done += more
+        now = time.time()
+        if now < self.due or self.done == self.total:
+            return
+        self.due = now + 10
+        rate = self.done / (now - self.began)
+        left = (self.total - self.done) / rate / 60
+        print(f"{self.verb} {self.done:,} of {self.total:,} images, {rate:,.0f} a second, "
+              f"{left:.1f} min left", flush=True)
+
+
 def read_split(pictures, labels, names, keep, size, channels):
     """The classes `keep` of what a loader found -> Split: every picture made size x size, by all
     cores, straight into its place. Unreadable files are named and left out."""
@@ -1168,25 +1187,6 @@ def squared(image, size, channels, prepare=None):
 
 
 # ---- Files and machine: what is read and written whole, and what the machine is good at.
-
-class Progress:
-    """Says how far a long work is, every ten seconds from the fifth on."""
-    def __init__(self, verb, total):
-        self.verb, self.total, self.done = verb, total, 0
-        self.began = time.time()
-        self.due = self.began + 5
-
-    def __call__(self, more):
-        self.done += more
-        now = time.time()
-        if now < self.due or self.done == self.total:
-            return
-        self.due = now + 10
-        rate = self.done / (now - self.began)
-        left = (self.total - self.done) / rate / 60
-        print(f"{self.verb} {self.done:,} of {self.total:,} images, {rate:,.0f} a second, "
-              f"{left:.1f} min left", flush=True)
-
 
 def write_whole(path, save):
     """Calls save(file) on a temporary file and gives it the name `path` when all is in it.
