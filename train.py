@@ -402,10 +402,11 @@ def validate(model, split, sets, batches, seed, dtype):
             other.append(model(images, sees, t, noise, support=support)[0])
         times.append(t)
 
-    loss, fifth = torch.stack(own), torch.stack(times) * 5 // config.diffusion_steps
+    loss = torch.stack(own).cpu()
+    fifth = torch.stack(times).cpu() * 5 // config.diffusion_steps
     found = dict(val_loss=loss.mean().item(), context_gain=None)
     if len(split.names) > 1:
-        gain = torch.stack(other) - loss
+        gain = torch.stack(other).cpu() - loss
         found["context_gain"] = gain.mean().item()
         found["context_gain_by_noise"] = [gain[fifth == i].mean().item() for i in range(5)]
     return found
