@@ -654,11 +654,11 @@ def main(argv=None):
 
         # how much of the run is done: of its steps or of its time, whichever is more
         elapsed = time.time() - started
-        limit = args.max_hours * 3600 - 1.5 * save_seconds if args.max_hours else math.inf
         pace = (time.time() - line_at) / max(1, step - line_step)
+        limit = args.max_hours * 3600 - 1.5 * save_seconds - pace if args.max_hours else math.inf
         shown = step % args.save_interval == 0
         due = shown or time.time() - saved_at > SAVE_SECONDS
-        over = stop or elapsed + pace + due * save_seconds > limit      # no time for another step
+        over = stop or elapsed + due * save_seconds > limit     # no time for this save and the last
         progress = largest(1 if over else max(step / args.max_steps, elapsed / limit))
         # log
         told = step % args.log_interval == 0 or time.time() - line_at > 30

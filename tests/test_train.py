@@ -260,7 +260,7 @@ def test_a_few_hundred_steps_on_two_classes_lower_the_loss(split):
     two = split._replace(offsets=split.offsets[:3], names=split.names[:2])
     training, config = begin("--optimizer", "adamw")
     sums = [0.0]
-    for step in range(300):
+    for step in range(400):
         training.step([train.draw_batch(two, 4, config, fsdm.rng("cpu", 0, step))], 2e-3, step)
         sums.append(training.totals[0].item())
     losses = np.diff(sums)
