@@ -583,6 +583,11 @@ def begin(training, out, args, rank):
     return step, source
 
 
+def ask_to_stop(stop):
+    stop.append(True)
+    print("stopping after this step, with all saved", flush=True)
+
+
 def main(argv=None):
     started = time.time()
     args, config = parse_args(argv)
@@ -632,7 +637,7 @@ def main(argv=None):
         processes=world, dtype=str(dtype), compiled=compiled, torch=torch.__version__)
     stop = []                                               # a signal asks for the last save
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.append(1))
+        signal.signal(number, lambda *_: ask_to_stop(stop))
 
     def batches(step):
         """This process's parts of a step, one by one."""
@@ -714,5 +719,8 @@ if __name__ == "__main__":
                      "is whole")
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:                               # later, the loop ends by itself
+        print("train.py: stopped before the first step, nothing is changed", file=sys.stderr)
+        sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -11,6 +11,7 @@ import re
 import runpy
 import shlex
 import struct
+import subprocess
 import sys
 import tempfile
 import zipfile
@@ -259,3 +260,12 @@ if __name__ == "__main__":
             code, said = call(command)
             said = said.rstrip().splitlines()[-1].replace(root, "")
             print(f"| `{re.sub(re.escape(SHAPE), '', command)}` | {code} | {said} |")
+
+
+def test_ctrl_c_before_the_first_step_is_one_sentence(tmp_path):
+    code = ("import fsdm, runpy, sys\ndef load_data(*_): raise KeyboardInterrupt\n"
+            "fsdm.load_data = load_data\nrunpy.run_path('train.py', run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code, "--out_dir", str(tmp_path / "out")], capture_output=True, text=True,
+                          cwd=HERE)
+    assert done.returncode == 130 and "nothing is changed" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
