@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 import fid
 import fsdm
@@ -127,7 +127,7 @@ def evaluate(model, split, inception, num=2000, K=5, shared_pool=False, seed=0, 
     made = fsdm.generate(model, support_images, K, seed=seed, **options)
     print(f"that took {time.time() - began:.0f} s; now their features", flush=True)
 
-    measured = fsdm.Progress("measured", 4 * n)
+    measured = fsdm.Progress("measured", 4 * n)             # real, generated, support, other
 
     def features(images):                                   # uint8 [S, K, C, H, W] -> [S * K, dims]
         parts = []
@@ -241,19 +241,18 @@ def read_support(paths, shape, prepare=None):
 
 
 def crop_to_drawing(image):
-    """A PIL image -> the square around what is drawn, a sixth of it as a margin on each side, filled
-    with the paper's colour. The paper is what the edge of the image shows, the drawing what is at
-    least half as far from it as the farthest pixel."""
-    pixels = np.asarray(image.convert("RGB")).astype(int)   # [H, W, 3]
-    edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    paper = np.median(edge, axis=0).astype(int)
-    distance = np.abs(pixels - paper).max(2)
+    """A PIL image -> the square around what is drawn, an eighth of it a margin on each side; beyond
+    the paper's edge its last pixels are repeated. Drawn is what differs from its surroundings, not
+    from one colour: light may fall unevenly on the paper."""
+    pixels = np.asarray(image.convert("RGB"))               # [H, W, 3]
+    surroundings = image.convert("RGB").filter(ImageFilter.GaussianBlur(max(image.size) / 8))
+    distance = np.abs(pixels.astype(int) - np.asarray(surroundings)).max(2)
     y, x = np.nonzero(2 * distance >= distance.max())
     side = 1 + 4 * max(np.ptp(y), np.ptp(x)) // 3
-    square = Image.new("RGB", (side, side), tuple(paper.tolist()))
-    middle_y, middle_x = (y.min() + y.max()) // 2, (x.min() + x.max()) // 2
-    square.paste(image, (int(side // 2 - middle_x), int(side // 2 - middle_y)))
-    return square.convert(image.mode)
+    top, left = ((along.min() + along.max() - side + 1) // 2 for along in (y, x))
+    rows = np.arange(top, top + side).clip(0, image.height - 1)
+    columns = np.arange(left, left + side).clip(0, image.width - 1)
+    return Image.fromarray(pixels[rows][:, columns]).convert(image.mode)
 
 
 def write_images(model, K, args, options):

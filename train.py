@@ -59,7 +59,6 @@ class Run:
     cooldown: float = None          # share of the run, at its end, over which it falls to 0 again
     weight_decay: float = 0.01      # share of lr by which weights shrink a step
     grad_clip: float = 1.0          # largest norm of the whole gradient
-    noisy_times: float = None       # share of the times t that are the noisier of two draws
     kl_weight: float = 1e-6         # of a variational context's KL in the loss
     ema_decay: float = None         # of the averaged weights, after their warm-up
     max_steps: int = None           # no limit with max_hours alone; 0: the table of sizes
@@ -82,16 +81,17 @@ class Run:
 
 
 VFSDDPM = dict(dataset="glyphs", optimizer="adamw", batch_size=32, lr=1e-4, warmup_steps=0,
-               cooldown=0.0, noisy_times=0.0, ema_decay=0.999, max_steps=300_000, log_interval=300,
+               cooldown=0.0, ema_decay=0.999, max_steps=300_000, log_interval=300,
                save_interval=20_000)
 RECIPES = {
     "demo": dict(dataset="glyphs", optimizer="muon", batch_size=8, lr=3e-3, warmup_steps=100,
-                 cooldown=0.4, noisy_times=0.0, ema_decay=0.998, max_steps=2400, max_hours=0.24,
-                 log_interval=100, save_interval=800),
+                 cooldown=0.4, ema_decay=0.998, max_steps=2400, max_hours=0.24, log_interval=100,
+                 save_interval=800),
     "reference": VFSDDPM,
     "wide": VFSDDPM,
     "mnist": dict(VFSDDPM, dataset="mnist", batch_size=128, lr=2e-4, save_interval=2000),
-    "t4": dict(VFSDDPM, batch_size=16, lr=5e-4, warmup_steps=1000, cooldown=0.3, save_interval=5000),
+    "t4": dict(VFSDDPM, batch_size=16, lr=5e-4, warmup_steps=1000, cooldown=0.3,
+               save_interval=5000),
 }
 
 
@@ -120,13 +120,11 @@ def parse_args(argv=None):
 
     least = dict(batch_size=1, accumulate=1, log_interval=1, save_interval=1, num_eval_batches=1,
                  num_sample_batches=1, max_steps=0, warmup_steps=0, lr=1e-12, max_hours=1e-12,
-                 grad_clip=1e-12, weight_decay=0, kl_weight=0, ema_decay=0, cooldown=0, noisy_times=0)
+                 grad_clip=1e-12, weight_decay=0, kl_weight=0, ema_decay=0, cooldown=0)
     for name, low in least.items():
         value = getattr(args, name)
         if value is not None and not low <= value < math.inf:
             p.error(f"--{name} is {value}: it must be at least {low}")
-    if args.noisy_times > 1:
-        p.error(f"--noisy_times is {args.noisy_times}: it must be at most 1")
     if max(args.ema_decay, args.cooldown) >= 1:
         p.error(f"--ema_decay is {args.ema_decay}, --cooldown {args.cooldown}: "
                 "both must be below 1")
@@ -218,28 +216,20 @@ def make_optimizers(model, args, dtype):
 
 # ---- One step: a batch of sets, the loss, the optimizers, the moving average.
 
-def draw_batch(split, sets, config, generator, noisy_times=0.0):
+def draw_batch(split, sets, config, generator):
     """-> images uint8 [B, K, C, H, W], sees bool [B, K, K], t int64 [B, K], noise float32 like the
     images, and noise for a variational context: what FSDM.forward takes."""
     K, device = config.sample_size, split.images.device
     classes, _ = fsdm.draw_classes(split, sets, generator)
     images = split.images[fsdm.draw_sets(split, classes, K, generator)]
     sees = fsdm.leave_one_out(sets, K, generator, config.vary_support, config.context_dropout)
-    t = draw_times((sets, K), config.diffusion_steps, noisy_times, generator)
+    t = torch.randint(config.diffusion_steps, (sets, K), generator=generator, device=device)
     noise = torch.randn(images.shape, generator=generator, device=device)
     context_noise = None
     if config.mode_context == "variational":
         shape = (sets, *fsdm.context_noise_shape(config, K, K))
         context_noise = torch.randn(shape, generator=generator, device=device)
     return images, sees, t, noise, context_noise
-
-
-def draw_times(shape, T, noisy_times, generator):
-    """-> int64 in 0 .. T - 1: uniform, but a share of them, noisy_times, is the larger of two draws.
-    It is at the noisy end that the class is decided; the price is a KID four times as large."""
-    first, second, chance = torch.rand(3, *shape, generator=generator, device=generator.device)
-    u = torch.where(chance < noisy_times, torch.maximum(first, second), first)
-    return (T * u).long().clamp(max=T - 1)                  # float32 rounds up to T now and then
 
 
 def learning_rate(peak, step, warmup_steps, progress, cooldown):
@@ -576,15 +566,24 @@ def begin(training, out, args, rank):
     if not source.exists() and not args.resume:
         if args.init:
             training.load_weights(args.init)
+            print(f"beginning with the averaged weights of {args.init}")
         return 0, source
     step = training.load(source)
     print(f"going on from {source} at step {step:,}")
     return step, source
 
 
-def ask_to_stop(stop):
-    stop.append(True)
-    print("stopping after this step, with all saved", flush=True)
+def listen_for_stop():
+    """-> a list that is empty until Ctrl-C or SIGTERM asks for the end."""
+    stop = []
+
+    def ask(*_):
+        stop.append(True)
+        print("stopping after this step, with all saved", flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask)
+    return stop
 
 
 def main(argv=None):
@@ -634,15 +633,13 @@ def main(argv=None):
         f"{config.sample_size} images a step{'; the first compiles, in silence' * compiled}",
         step=step, args=vars(args), config=dataclasses.asdict(config), device=str(device),
         processes=world, dtype=str(dtype), compiled=compiled, torch=torch.__version__)
-    stop = []                                               # a signal asks for the last save
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ask_to_stop(stop))
+    stop = listen_for_stop()
 
     def batches(step):
         """This process's parts of a step, one by one."""
         for part in range(rank * args.accumulate, (rank + 1) * args.accumulate):
             generator = rng(device, args.seed, TRAINING, step, part)
-            yield draw_batch(data["train"], sets, config, generator, args.noisy_times)
+            yield draw_batch(data["train"], sets, config, generator)
 
     first, begun, progress = step, step / args.max_steps, step / args.max_steps
     line_at = saved_at = time.time()
@@ -664,6 +661,7 @@ def main(argv=None):
         due = shown or time.time() - saved_at > SAVE_SECONDS
         over = stop or elapsed + due * save_seconds > limit     # no time for this save and the last
         progress = largest(1 if over else max(step / args.max_steps, elapsed / limit))
+
         # log
         told = step % args.log_interval == 0 or time.time() - line_at > 30
         if rank == 0 and told and step > line_step:
@@ -719,7 +717,7 @@ if __name__ == "__main__":
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:                               # later, the loop ends by itself
-        print("train.py: stopped before the first step, nothing is changed", file=sys.stderr)
+        print("train.py: stopped before the first step: no checkpoint is changed", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -4,14 +4,13 @@
 
 Trains the classifier first (five minutes on two cores; kept in --classifier). Unseen characters, the questions of
 sample.draw_questions with K = 5. likeness: the share of samples that it takes for their own character, among those that
-are asked for; distance: Frechet, between its features of samples and of real images. right_class of sample.py says the
-same with features of Inception, among 20 classes, and takes longer.
+are asked for; distance: Frechet, between its features of samples and of real images. It is quick, and blind to faint noise,
+which Inception sees: adopt nothing before sample.py --evaluate has agreed (KID, precision, right_class).
 """
 import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -129,6 +129,14 @@ def test_a_drawing_is_cropped_to_what_is_drawn_wherever_it_lies_and_keeps_its_ma
     assert sample.crop_to_drawing(Image.new("L", (30, 30))).mode == "L"     # nothing drawn
 
 
+def test_uneven_light_is_no_drawing():
+    light = np.linspace(110, 210, 200)[:, None] * np.ones(160)              # the shadow is as dark as ink in the light
+    light[120:151, 60:71] -= 60
+    cropped = sample.crop_to_drawing(Image.fromarray(light.astype(np.uint8)))
+    assert cropped.size == (41, 41)
+    assert np.asarray(cropped)[5:36, 15:26].max() < np.asarray(cropped)[:, :10].min()
+
+
 def test_sets_of_a_data_set_carry_their_labels(ckpt, tmp_path, few_glyphs):
     out = tmp_path / "out"
     sample.main(["--ckpt", ckpt, "--dataset", "glyphs", "--split", "test", "--sets", "3", "--num", "2", "--steps", "2",
