@@ -89,7 +89,6 @@ ROWS = [
     (f"{SAMPLE} --ckpt list.pt --support a.png", "not a checkpoint"),
     (f"{SAMPLE} --ckpt huge.pt --support a.png", "hidden_size"),
     (f"{SAMPLE} --ckpt thin.pt --support a.png", "larger than what is stored"),
-    ("sample.py --support a.png --device cpu --out_dir out", "--ckpt is missing"),
     (f"{SAMPLE} --ckpt other.pt --support a.png", "not a checkpoint"),
     (f"{SAMPLE} --support gone.png", "gone.png"),
     (f"{SAMPLE} --support a.png zero.png", "zero.png"),
