@@ -90,7 +90,7 @@ RECIPES = {
     "reference": VFSDDPM,
     "wide": VFSDDPM,
     "mnist": dict(VFSDDPM, dataset="mnist", batch_size=128, lr=2e-4, save_interval=2000),
-    "t4": dict(VFSDDPM, batch_size=16, lr=5e-4, warmup_steps=1000, cooldown=0.3,
+    "t4": dict(VFSDDPM, optimizer="muon", batch_size=16, lr=2e-3, warmup_steps=1000, cooldown=0.3,
                save_interval=5000),
 }
 

@@ -77,7 +77,7 @@ print("graphs", counters["stats"]["unique_graphs"], "breaks", sum(counters["grap
 
 @inert
 @pytest.mark.parametrize("flags, most", [
-    ("--preset demo", 0.3), ("--preset t4 --depth 2 --encoder_depth 1 --batch_size 4 --optimizer muon", 14),
+    ("--preset demo", 0.3), ("--preset t4 --depth 2 --encoder_depth 1 --batch_size 4", 14),
     ("--preset reference", 14)])
 def test_on_a_t4_twenty_steps_never_wait_and_are_one_graph_that_fits(flags, most):
     code, said = on("t4", 1, "-c", LOOP, *flags.split(), TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
