@@ -1,0 +1,68 @@
+"""Scores a model of symbols on characters that it never saw, in several colours and with several numbers of support images.
+
+    python tests/score_symbols.py assets/symbols.pt omniglot_28.npz weights.pth 2000
+
+For each pair of colours K = 5, and for the first K = 1, 2 and 10 too: the table of sample.py --evaluate, and how far the
+nearest training character is, in any quarter turn: the root of the mean squared difference of two shares of ink, 0 to 1.
+"""
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import fid
+import fsdm
+import sample
+
+COLOURS = {                                 # ink, paper
+    "black on white": ((0, 0, 0), (255, 255, 255)), "white on black": ((255, 255, 255), (0, 0, 0)),
+    "blue on cream": ((30, 50, 150), (255, 250, 225)), "yellow on green": ((250, 205, 70), (20, 75, 50)),
+    "red on grey": ((190, 30, 30), (215, 215, 215)),
+}
+
+
+def coloured(images, ink, paper):
+    """uint8 [N, 3, H, W], white ink on black -> the same in two colours."""
+    ink, paper = (torch.tensor(colour)[:, None, None] for colour in (ink, paper))
+    share = images / 255
+    return (share * ink + (1 - share) * paper).round().byte()
+
+
+def share_of_ink(images, ink, paper):
+    """uint8 [N, 3, H, W] in two colours -> float32 [N, H * W], 0 to 1."""
+    ink, paper = (torch.tensor(colour)[:, None, None] for colour in (ink, paper))
+    across = ink - paper
+    share = ((images - paper) * across).sum(1) / across.square().sum()
+    return share.flatten(1).clamp(0, 1)
+
+
+def nearest(x, known):
+    """[N, D], [M, D] -> the mean, over x, of the distance to the nearest known one."""
+    least = [torch.cdist(some, known).amin(1) for some in x.split(200)]
+    return (torch.cat(least).mean() / x.shape[1] ** 0.5).item()
+
+
+def main(ckpt, dataset, weights, num=2000):
+    model = fsdm.load_model(ckpt)
+    size, guidance = model.config.image_size, fsdm.best_guidance(model.config)
+    dtype, _ = fsdm.choose_precision(torch.device("cpu"))
+    inception = fid.load_inception(weights, 768)
+    data = fsdm.load_data(dataset, None, size, 3, parts=("train", "test"))
+    turned = torch.cat([data["train"].images.rot90(turn, (2, 3)) for turn in range(4)])
+    known = share_of_ink(turned, *COLOURS["white on black"])
+
+    questions = [(colours, 5) for colours in COLOURS] + [("black on white", K) for K in (1, 2, 10)]
+    for colours, K in questions:
+        split = data["test"]._replace(images=coloured(data["test"].images, *COLOURS[colours]))
+        scores, _ = sample.evaluate(model, split, inception, int(num), K, guidance=guidance, dtype=dtype)
+        support, _, other = sample.draw_questions(split, K, int(num), seed=0)
+        made = fsdm.generate(model, split.images[support], K, guidance=guidance, dtype=dtype)
+        generated, real = (nearest(share_of_ink(images.flatten(0, 1), *COLOURS[colours]), known)
+                           for images in (made, split.images[other]))
+        print(f"\n{colours}, K = {K}, guidance {guidance:g}\n{sample.table(scores)}\n"
+              f"nearest training character: generated {generated:.3f}, other real images {real:.3f}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
