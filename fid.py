@@ -412,10 +412,10 @@ def scan(images, model, num=None, batch_size=None, keep=5000, name="images"):
 
     moments = Moments()
     kept = []
-    start = time.time()
+    start = time.perf_counter()
 
     def tell(end):
-        speed = moments.n / (time.time() - start)
+        speed = moments.n / (time.perf_counter() - start)
         print(f"\r{name}: {moments.n} of {n}, {speed:.1f} a second ", end=end, file=sys.stderr, flush=True)
 
     for x in batches(images, model, batch_size):                # [B, D]

@@ -31,7 +31,7 @@ import shutil
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -1083,23 +1083,30 @@ def load_data(dataset, data_dir, size, channels, download=False, parts=("train",
     return splits
 
 
+def say(sentence):
+    """Prints, if it can: a run outlives the reader of its words, and a full disk."""
+    # a RuntimeError: a signal has come in the middle of another print
+    with suppress(OSError, RuntimeError):
+        print(sentence, flush=True)
+
+
 class Progress:
     """Says how far a long work is, every ten seconds from the fifth on."""
     def __init__(self, verb, total):
         self.verb, self.total, self.done = verb, total, 0
-        self.began = time.time()
+        self.began = time.perf_counter()
         self.due = self.began + 5
 
     def __call__(self, more):
         self.done += more
-        now = time.time()
+        now = time.perf_counter()
         if now < self.due or self.done == self.total:
             return
         self.due = now + 10
         rate = self.done / (now - self.began)
         left = (self.total - self.done) / rate / 60
-        print(f"{self.verb} {self.done:,} of {self.total:,} images, {rate:,.0f} a second, "
-              f"{left:.1f} min left", flush=True)
+        say(f"{self.verb} {self.done:,} of {self.total:,} images, {rate:,.0f} a second, "
+            f"{left:.1f} min left")
 
 
 def read_split(pictures, labels, names, keep, size, channels):

@@ -24,7 +24,7 @@ from PIL import Image, ImageFilter
 
 import fid
 import fsdm
-from fsdm import EVALUATION, SETS, rng
+from fsdm import EVALUATION, SETS, rng, say
 
 
 # ---- The command line: every field of Request is a flag.
@@ -130,10 +130,10 @@ def evaluate(model, split, inception, num=2000, K=5, shared_pool=False, seed=0, 
     fid.FIDError as its parts do."""
     support, reference, other = draw_questions(split, K, num, seed, shared_pool)
     support_images = split.images[support.to(split.images.device)]  # [S, K, C, H, W]
-    n, began = support.numel(), time.time()
-    print(f"generating {n:,} images, {K} from each of {len(support):,} support sets", flush=True)
+    n, began = support.numel(), time.perf_counter()
+    say(f"generating {n:,} images, {K} from each of {len(support):,} support sets")
     made = fsdm.generate(model, support_images, K, seed=seed, **options)
-    print(f"that took {time.time() - began:.0f} s; now their features", flush=True)
+    say(f"that took {time.perf_counter() - began:.0f} s; now their features")
 
     measured = fsdm.Progress("measured", 4 * n)             # real, generated, support, other
 

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fid
 import fsdm
 import sample
-from fsdm import FSDM, PICTURE, TRAINING, VALIDATION, Config, autocast, rng, write_whole
+from fsdm import FSDM, PICTURE, TRAINING, VALIDATION, Config, autocast, rng, say, write_whole
 
 
 # ---- The command line: every field of Run is a flag, and so is every field of Config.
@@ -441,9 +441,9 @@ def look(training, split, step, sets, inception, log):
             scores, recipe = sample.evaluate(model, split, inception, args.fid_num_samples, K,
                                              seed=args.seed, dtype=dtype, **options)
             found |= dict(few_shot=scores, few_shot_recipe=dict(recipe, split="val", weights="ema"))
-            print(sample.table(scores))
+            say(sample.table(scores))
         except (ValueError, fid.FIDError) as error:
-            print(f"no few-shot scores: {error}")
+            say(f"no few-shot scores: {error}")
     gain = found["context_gain"]
     gain = "not measured, which needs two classes" if gain is None else f"{gain:.4f}"
     log(f"step {step:>7,}  unseen classes: loss {found['val_loss']:.4f}, context gain {gain}, "
@@ -469,7 +469,7 @@ class Log:
             return math.inf
 
     def __call__(self, sentence, **record):
-        print(sentence, flush=True)
+        say(sentence)
         if self.wandb is not None:
             self.wandb.log(record, step=record["step"])
         if self.path is None:
@@ -482,7 +482,7 @@ class Log:
             self.torn = ""
         except OSError as error:
             self.torn = "\n"                                # half a line may be there
-            print(f"{self.path} lacks this line: {error.strerror}; training goes on", flush=True)
+            say(f"{self.path} lacks this line: {error.strerror}; training goes on")
 
 
 def start_wandb(args):
@@ -579,7 +579,7 @@ def listen_for_stop():
 
     def ask(*_):
         stop.append(True)
-        print("stopping after this step, with all saved", flush=True)
+        say("stopping after this step, with all saved")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask)
@@ -587,7 +587,7 @@ def listen_for_stop():
 
 
 def main(argv=None):
-    started = time.time()
+    started = time.perf_counter()
     args, config = parse_args(argv)
     torch.manual_seed(args.seed)                            # of the first weights
     model = FSDM(config)
@@ -642,7 +642,7 @@ def main(argv=None):
             yield draw_batch(data["train"], sets, config, generator)
 
     first, begun, progress = step, step / args.max_steps, step / args.max_steps
-    line_at = saved_at = time.time()
+    line_at = saved_at = time.perf_counter()
     line_step, streak, save_seconds = step, 0, 12.0         # the longest save; at first a guess
     while progress < 1:
         # step
@@ -650,26 +650,26 @@ def main(argv=None):
         training.step(batches(step), lr, step)
         step += 1
         if step == first + 1 and compiled:
-            print(f"the first step took {time.time() - line_at:.0f} s", flush=True)
-            line_at, line_step = time.time(), step          # compiling is not training speed
+            say(f"the first step took {time.perf_counter() - line_at:.0f} s")
+            line_at, line_step = time.perf_counter(), step  # compiling is not training speed
 
         # how much of the run is done: of its steps or of its time, whichever is more
-        elapsed = time.time() - started
-        pace = (time.time() - line_at) / max(1, step - line_step)
+        elapsed = time.perf_counter() - started
+        pace = (time.perf_counter() - line_at) / max(1, step - line_step)
         limit = args.max_hours * 3600 - 1.5 * save_seconds - pace if args.max_hours else math.inf
         shown = step % args.save_interval == 0
-        due = shown or time.time() - saved_at > SAVE_SECONDS
+        due = shown or time.perf_counter() - saved_at > SAVE_SECONDS
         over = stop or elapsed + due * save_seconds > limit     # no time for this save and the last
         progress = largest(1 if over else max(step / args.max_steps, elapsed / limit))
 
         # log
-        told = step % args.log_interval == 0 or time.time() - line_at > 30
+        told = step % args.log_interval == 0 or time.perf_counter() - line_at > 30
         if rank == 0 and told and step > line_step:
             *means, kept, skipped = training.totals.tolist()        # this waits for the GPU
             loss, kl, norm = (total / kept if kept else math.nan for total in means)
             streak = 0 if kept else streak + skipped
             images = (step - line_step) * args.batch_size * config.sample_size
-            rate = images / (time.time() - line_at)
+            rate = images / (time.perf_counter() - line_at)
             left = elapsed * (1 - progress) / (progress - begun) / 60
             said = f"step {step:>7,}  loss {loss:.4f}  {rate:,.0f} images/s  {left:,.0f} min left"
             said += f"  KL {kl:.2f}" if kl else ""
@@ -678,14 +678,14 @@ def main(argv=None):
             log(said, step=step, loss=loss, kl=kl, grad_norm=norm, skipped=skipped, lr=lr,
                 images_per_second=rate, seconds=elapsed, **debug)
             training.totals.zero_()
-            line_at, line_step = time.time(), step
+            line_at, line_step = time.perf_counter(), step
             if streak >= PATIENCE:
                 raise ValueError(f"the last {streak:.0f} gradients were not finite (step {step}): "
                                  "lower --lr, or train with --precision fp32; "
                                  f"{ckpt} is as it was")
 
         # save, and look
-        began, last = time.time(), progress >= 1
+        began, last = time.perf_counter(), progress >= 1
         if rank == 0 and (due or last):
             try:
                 training.save(ckpt, step)
@@ -697,14 +697,14 @@ def main(argv=None):
                 log(f"step {step:>7,}  checkpoint or picture not written: {error}; the last {ckpt} is "
                     "whole and training goes on", step=step)
         if due:
-            saved_at = time.time()
+            saved_at = time.perf_counter()
             save_seconds = max(save_seconds, saved_at - began)
             line_at += saved_at - began                     # saving is not training speed either
 
     wait_for_all()                                          # nobody leaves before the last save
     more = " with a larger --max_steps" if step >= args.max_steps else ""
-    print(f"stopped at step {step:,} after {(time.time() - started) / 60:.1f} minutes; the same "
-          f"command{more} goes on, python sample.py --ckpt {ckpt} --support IMAGES generates")
+    say(f"stopped at step {step:,} after {(time.perf_counter() - started) / 60:.1f} minutes; the same "
+        f"command{more} goes on, python sample.py --ckpt {ckpt} --support IMAGES generates")
 
 
 if __name__ == "__main__":

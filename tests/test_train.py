@@ -84,7 +84,7 @@ class Clock:
         self.now = 0.0
         self.add(monkeypatch, "step", lambda training, batches, lr, number: step(number))
         self.add(monkeypatch, "save", lambda *_: save())
-        monkeypatch.setattr(train, "time", SimpleNamespace(time=self.look))
+        monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=self.look))
 
     def look(self):
         self.now += 0.01
@@ -642,6 +642,26 @@ def test_a_full_disk_is_said_and_keeps_the_checkpoint_while_training_goes_on(gly
     assert done.returncode and "File too large" in done.stderr                                    # the last one counts
     assert kill.same(kept, load(tmp_path))
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says(glyph_file, tmp_path):
+    command = [sys.executable, "train.py", *SMALL, "--max_steps", "20", "--dataset", glyph_file, "--out_dir", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE) as process:
+        while "parameters" not in process.stdout.readline():
+            pass
+        process.stdout.close()                              # as Ctrl-C does to the tee behind it
+        assert "train.py:" not in process.stderr.read()
+    assert load(tmp_path)["step"] == 20
+
+
+def test_a_clock_that_is_set_back_stops_no_save(glyph_file, tmp_path, monkeypatch):
+    clock = itertools.count(1e9, -86_400)                   # a day earlier whenever it is asked
+    monkeypatch.setattr(train.time, "time", lambda: next(clock))
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    saved = []
+    monkeypatch.setattr(train.Training, "save", lambda training, path, step: saved.append(step))
+    train.main([*SMALL, "--max_steps", "3", "--max_hours", "1", "--dataset", glyph_file, "--out_dir", str(tmp_path)])
+    assert saved == [1, 2, 3]
 
 
 def test_init_begins_with_another_models_averaged_weights_and_shape(glyph_file, tmp_path):
