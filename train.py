@@ -457,15 +457,18 @@ class Log:
         self.path, self.wandb, self.torn = path, wandb, ""
         if path is None:
             return
-        lines = earlier.read_text().splitlines() if step and earlier.exists() else []
+        lines = []
+        if step and earlier.exists():
+            lines = earlier.read_text(errors="replace").splitlines()
         kept = "".join(f"{line}\n" for line in lines if self.step_of(line) <= step)
         write_whole(path, lambda file: file.write(kept.encode()))
+        self.inode = path.stat().st_ino
 
     @staticmethod
     def step_of(line):
         try:
             return json.loads(line)["step"]
-        except ValueError:                                  # a full disk leaves half a line
+        except (ValueError, KeyError, TypeError):           # a full disk leaves half a line
             return math.inf
 
     def __call__(self, sentence, **record):
@@ -478,6 +481,8 @@ class Log:
         record = json.loads(json.dumps(record), parse_constant=lambda name: None)
         try:
             with open(self.path, "a") as file:
+                if os.fstat(file.fileno()).st_ino != self.inode:
+                    say(f"another run has begun {self.path} anew: give each its own --out_dir")
                 file.write(f"{self.torn}{json.dumps(record)}\n")
             self.torn = ""
         except OSError as error:

@@ -664,6 +664,24 @@ def test_a_clock_that_is_set_back_stops_no_save(glyph_file, tmp_path, monkeypatc
     assert saved == [1, 2, 3]
 
 
+def test_a_damaged_log_keeps_no_run_from_going_on(glyph_file, tmp_path):
+    run(glyph_file, tmp_path / "a", "--max_steps", "4")
+    with open(tmp_path / "a" / "log.jsonl", "ab") as file:
+        file.write(b'5\n{}\n\xff\0\n{"st')
+    run(glyph_file, tmp_path / "a", "--max_steps", "8")
+    run(glyph_file, tmp_path / "b", "--max_steps", "8")
+    assert kill.losses(tmp_path / "a") == kill.losses(tmp_path / "b")
+
+
+def test_a_run_says_when_another_one_begins_in_its_folder(tmp_path, capsys):
+    first = train.Log(tmp_path / "log.jsonl")
+    first("alone", step=1)
+    assert "another run" not in capsys.readouterr().out
+    train.Log(tmp_path / "log.jsonl")
+    first("not alone", step=2)
+    assert "another run" in capsys.readouterr().out
+
+
 def test_init_begins_with_another_models_averaged_weights_and_shape(glyph_file, tmp_path):
     first = run(glyph_file, tmp_path / "a", "--max_steps", "4")
     tuned = ["--init", str(tmp_path / "a" / "ckpt.pt"), "--dataset", str(glyph_file), "--device", "cpu", "--no_compile",
