@@ -318,6 +318,8 @@ def write_scores(model, K, args, options):
 
 
 if __name__ == "__main__":
+    if sys.stdout is not None:                              # names may be in any script
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except (ValueError, OSError, fid.FIDError, torch.OutOfMemoryError) as error:

@@ -713,6 +713,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if sys.stdout is not None:                              # names may be in any script
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except (ValueError, OSError, torch.OutOfMemoryError) as error:

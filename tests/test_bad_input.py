@@ -223,7 +223,7 @@ def call(command):
     before = sys.argv
     try:
         sys.argv = argv
-        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())):
             runpy.run_path(str(HERE / argv[0]), run_name="__main__")
         return 0, err.getvalue()
     except SystemExit as error:

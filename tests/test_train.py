@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -680,6 +681,12 @@ def test_a_run_says_when_another_one_begins_in_its_folder(tmp_path, capsys):
     train.Log(tmp_path / "log.jsonl")
     first("not alone", step=2)
     assert "another run" in capsys.readouterr().out
+
+
+def test_names_that_the_terminal_cannot_show_end_no_run(glyph_file, tmp_path):
+    command = [sys.executable, HERE / "train.py", *SMALL, "--max_steps", "1", "--dataset", glyph_file, "--out_dir", "ünï"]
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and rb"--ckpt \xfcn\xef/ckpt.pt" in done.stdout, done.stderr
 
 
 def test_init_begins_with_another_models_averaged_weights_and_shape(glyph_file, tmp_path):
