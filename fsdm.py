@@ -28,6 +28,7 @@ import math
 import os
 import re
 import shutil
+import textwrap
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -1221,20 +1222,28 @@ def free_name(path):
     return free
 
 
+def read_checkpoint(path, mmap=False):
+    """What torch.save wrote, on the CPU; executes nothing in the file (weights_only). Raises OSError
+    when there is no file, and other errors, of many kinds, when it is damaged or something else."""
+    if not os.path.isfile(path):                            # a pipe would wait for ever
+        raise FileNotFoundError(f"{path}: there is no such checkpoint; train.py leaves ckpt.pt in its "
+                                "--out_dir")
+    with zipfile.ZipFile(path) as file:
+        if damaged := file.testzip():                       # torch does not look at the checksums
+            raise zipfile.BadZipFile(f"{damaged} in it is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
 def load_model(path, device="cpu", weights="ema"):
     """Reads a checkpoint to generate with: path -> an FSDM in eval mode on `device`.
 
     weights: "ema", the moving average, or "raw", the last step's. model.about is a sentence on what it
-    was trained for. Executes nothing in the file (weights_only). Raises OSError when there is no file
-    and ValueError when it is not one of ours."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: there is no such checkpoint; train.py leaves ckpt.pt in its "
-                                "--out_dir")
+    was trained for. Raises OSError when there is no file and ValueError when it is not one of ours."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        saved = read_checkpoint(path, mmap=True)
         state = saved["ema" if weights == "ema" else "model"]
-        if not all(tensor.is_contiguous() for tensor in state.values()):
-            raise ValueError("a tensor is larger than what is stored of it")
+        if not all(tensor.is_contiguous() and tensor.isfinite().all() for tensor in state.values()):
+            raise ValueError("a tensor is not finite, or larger than what is stored of it")
         with torch.device("meta"):                          # no memory before the shapes agree
             model = FSDM(Config(**saved["config"]))
         model.load_state_dict(state, strict=True, assign=True)
@@ -1243,8 +1252,9 @@ def load_model(path, device="cpu", weights="ema"):
     except OSError:
         raise
     except Exception as error:                              # what is no checkpoint fails in many ways
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a checkpoint of this program: {reason}") from None
+        reason = textwrap.shorten(str(error), 200)
+        raise ValueError(f"{path} is not a checkpoint of this program with {weights} weights: "
+                         f"{reason}") from None
     return model.to(device, torch.float32).eval().requires_grad_(False)
 
 

@@ -18,6 +18,7 @@ import math
 import os
 import signal
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -323,7 +324,7 @@ class Training:
     def load(self, path):
         """Goes on from a checkpoint -> its step. ValueError names the flags that differ."""
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = fsdm.read_checkpoint(path)
             then = dict(saved["config"], dataset=Path(saved["dataset"]).name,
                         optimizer=saved["optimizer"])
             now = dict(dataclasses.asdict(self.model.config), dataset=Path(self.args.dataset).name,
@@ -344,8 +345,9 @@ class Training:
         except (ValueError, OSError):
             raise
         except Exception as error:      # what is no checkpoint fails in many ways
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{path} cannot be resumed: {reason}") from None
+            reason = textwrap.shorten(str(error), 200)
+            raise ValueError(f"{path} cannot be resumed: {reason}; --init needs nothing but its "
+                             "weights") from None
 
     def load_weights(self, path):
         """Begins with the averaged weights of a checkpoint. ValueError when its shapes are others."""

@@ -81,6 +81,10 @@ ROWS = [
     (f"{TRAIN} --resume text.npz", "cannot be resumed"),
     (f"{TRAIN} --resume hostile.pt", "cannot be resumed"),
     (f"{TRAIN} --resume list.pt", "cannot be resumed"),
+    (f"{TRAIN} --dataset classes --resume zero.png", "cannot be resumed"),
+    (f"{TRAIN} --dataset classes --resume flipped.pt", "is damaged"),
+    (f"{TRAIN} --dataset classes --resume good.pt", "--init needs nothing but its weights"),
+    (f"{TRAIN} --dataset classes --resume pipe.png", "pipe.png"),
     (f"{TRAIN} --out_dir text.npz", "text.npz"),
     (f"{SAMPLE} --ckpt gone.pt --support a.png", "gone.pt"),
     (f"{SAMPLE} --ckpt empty --support a.png", "empty"),
@@ -89,7 +93,10 @@ ROWS = [
     (f"{SAMPLE} --ckpt list.pt --support a.png", "not a checkpoint"),
     (f"{SAMPLE} --ckpt huge.pt --support a.png", "hidden_size"),
     (f"{SAMPLE} --ckpt thin.pt --support a.png", "larger than what is stored"),
-    (f"{SAMPLE} --ckpt other.pt --support a.png", "not a checkpoint"),
+    (f"{SAMPLE} --ckpt other.pt --support a.png", "Missing key"),
+    (f"{SAMPLE} --ckpt flipped.pt --support a.png", "is damaged"),
+    (f"{SAMPLE} --ckpt nan.pt --support a.png", "not finite"),
+    (f"{SAMPLE} --ckpt good.pt --support a.png --weights raw", "with raw weights"),
     (f"{SAMPLE} --support gone.png", "gone.png"),
     (f"{SAMPLE} --support a.png zero.png", "zero.png"),
     (f"{SAMPLE} --support a.png noise.png", "noise.png"),
@@ -211,6 +218,10 @@ def make_files(root):
     torch.save(dict(good, ema=dict(list(good["ema"].items())[1:])), root / "other.pt")
     thin = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in good["ema"].items()}
     torch.save(dict(good, ema=thin), root / "thin.pt")
+    torch.save(dict(good, ema={name: tensor * np.nan for name, tensor in good["ema"].items()}), root / "nan.pt")
+    flipped = bytearray((root / "good.pt").read_bytes())
+    flipped[len(flipped) // 2] ^= 1                         # one bit, in the middle of the weights
+    (root / "flipped.pt").write_bytes(flipped)
     torch.save([1, 2, 3], root / "list.pt")
     with open(root / "hostile.pt", "wb") as file:
         pickle.dump(Hostile(), file)
