@@ -83,10 +83,10 @@ def parse_args(argv=None):
         p.error(f"--eta belongs to --sampler ddim, not to {args.sampler}")
     if args.eta is not None and not 0 <= args.eta <= 1:
         p.error(f"--eta is {args.eta}: expected 0, no noise, to 1, as much as ddpm")
-    for name in ("sets", "num", "steps", "batch_size", "k"):
+    for name, low in dict(sets=1, num=1, steps=1, batch_size=1, k=1, seed=0).items():
         value = getattr(args, name)
-        if value is not None and value < 1:
-            p.error(f"--{name} is {value}: it must be at least 1")
+        if value is not None and value < low:
+            p.error(f"--{name} is {value}: it must be at least {low}")
     return args
 
 

@@ -108,6 +108,8 @@ def parse_args(argv=None):
                 "of one width")
     if "hdim" not in given:
         args.hdim = args.context_channels
+    if args.restart and args.resume:
+        p.error("--restart begins anew and --resume goes on: pass one of them")
 
     # VFSDDPM's command lines name the whole model and no preset
     args.preset = args.preset or ("reference" if "hidden_size" in given else "demo")
@@ -121,7 +123,7 @@ def parse_args(argv=None):
 
     least = dict(batch_size=1, accumulate=1, log_interval=1, save_interval=1, num_eval_batches=1,
                  num_sample_batches=1, max_steps=0, warmup_steps=0, lr=1e-12, max_hours=1e-12,
-                 grad_clip=1e-12, weight_decay=0, kl_weight=0, ema_decay=0, cooldown=0)
+                 grad_clip=1e-12, weight_decay=0, kl_weight=0, ema_decay=0, cooldown=0, seed=0)
     for name, low in least.items():
         value = getattr(args, name)
         if value is not None and not low <= value < math.inf:
