@@ -1030,8 +1030,10 @@ def npz(path, size, download):
         values, labels = np.unique(labels, return_inverse=True)
         names = values.astype(str).tolist()
     if (labels.dtype.kind not in "iu" or not np.isin(labels, np.arange(len(names))).all()
-            or evaluation is not None and evaluation.shape != (len(names),)):
-        raise ValueError(f"{path}: labels, class_names and class_is_evaluation do not fit together")
+            or evaluation is not None and evaluation.shape != (len(names),)
+            or np.unique(names).shape != np.shape(names)):
+        raise ValueError(f"{path}: labels, class_names (no two alike) and class_is_evaluation do not "
+                         "fit together")
 
     if evaluation is not None:
         keep = split_background(evaluation)
@@ -1067,8 +1069,10 @@ def load_data(dataset, data_dir, size, channels, download=False, parts=("train",
     Raises ValueError or OSError with a sentence when there is nothing to load."""
     loader, path = DATASETS.get(dataset), data_dir
     if loader is None:
-        loader, path = npz if dataset.endswith(".npz") else folder, dataset
-        if not os.path.exists(path):
+        loader, path, is_there = folder, dataset, os.path.isdir
+        if dataset.endswith(".npz"):
+            loader, is_there = npz, os.path.isfile          # a pipe would wait for ever
+        if not is_there(path):
             raise ValueError(f"dataset '{dataset}': expected one of {sorted(DATASETS)}, a folder of "
                              "class folders, or an .npz with images and labels")
     try:

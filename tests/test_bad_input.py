@@ -40,10 +40,14 @@ ROWS = [
     (f"{TRAIN} --dataset imagenet", "imagenet"),
     (f"{TRAIN} --dataset gone.npz", "gone.npz"),
     (f"{TRAIN} --dataset text.npz", "cannot be read as an .npz"),
+    (f"{TRAIN} --dataset a.png", "a folder of class folders, or an .npz"),
+    (f"{TRAIN} --dataset pipe.npz", "a folder of class folders, or an .npz"),
     (f"{TRAIN} --dataset pickled.npz", "cannot be read as an .npz"),
     (f"{TRAIN} --dataset truncated.npz", "cannot be read as an .npz"),
     (f"{TRAIN} --dataset vast.npz", "unpacks to"),
     (f"{TRAIN} --dataset odd_labels.npz", "do not fit together"),
+    (f"{TRAIN} --dataset twins.npz", "no two alike"),
+    (f"{TRAIN} --dataset name_table.npz", "do not fit together"),
     (f"{TRAIN} --dataset no_labels.npz", "labels"),
     (f"{TRAIN} --dataset few_labels.npz", "expected one each"),
     (f"{TRAIN} --dataset float.npz", "uint8"),
@@ -183,6 +187,7 @@ def make_files(root):
         b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0))
         + png_chunk(b"IDAT", zlib.compress(b"\0" * 100)) + png_chunk(b"IEND", b""))
     os.mkfifo(root / "pipe.png")
+    os.mkfifo(root / "pipe.npz")
     for name in ("empty", "folder", "one", "broken", "one_class/a", "hollow/a", "hollow/b", "hollow/c", "circle"):
         (root / name).mkdir(parents=True)
     (root / "circle" / "again").symlink_to(root / "circle", target_is_directory=True)
@@ -203,6 +208,8 @@ def make_files(root):
     np.savez(root / "float.npz", images=grey / 255, labels=np.arange(12) // 4)
     np.savez(root / "images.npz", images=grey, labels=np.arange(12) // 4)
     np.savez(root / "odd_labels.npz", images=grey, labels=np.arange(12), class_names=np.arange(6))
+    np.savez(root / "twins.npz", images=grey, labels=np.arange(12) // 4, class_names=["a", "b", "a"])
+    np.savez(root / "name_table.npz", images=grey, labels=np.arange(12) // 4, class_names=[["a"], ["b"], ["c"]])
     np.savez(root / "moments.npz", mu=np.zeros(64), sigma=np.eye(64))
     np.savez(root / "stats.npz", mu=np.zeros(3), sigma=np.eye(3))
     np.savez(root / "words.npz", mu=np.full(64, "a"), sigma=np.full((64, 64), "b"))
