@@ -846,7 +846,8 @@ def split_by_name(names):
     if len(names) < 3:
         raise ValueError(f"{len(names)} class(es) found: at least 3 are needed, one each to train, "
                          "validate and test")
-    order = sorted(range(len(names)), key=lambda c: hashlib.sha1(names[c].encode()).digest())
+    names = [name.encode(errors="surrogateescape") for name in names]   # folders may have any bytes
+    order = sorted(range(len(names)), key=lambda c: hashlib.sha1(names[c]).digest())
     test, val = max(1, len(names) // 5), max(1, len(names) // 10)
     return {"train": sorted(order[test + val:]), "val": sorted(order[test:test + val]),
             "test": sorted(order[:test])}
@@ -1120,7 +1121,11 @@ def read_split(pictures, labels, names, keep, size, channels):
     keep, unreadable = sorted(keep), {}
     rows = np.flatnonzero(np.isin(labels, keep))
     rows = rows[np.argsort(labels[rows], kind="stable")]    # class by class
-    images = torch.empty(len(rows), channels, size, size, dtype=torch.uint8)
+    try:
+        images = torch.empty(len(rows), channels, size, size, dtype=torch.uint8)
+    except RuntimeError:                                    # torch's way to say "no memory"
+        raise OSError(f"{len(rows):,} images of {size} x {size} pixels do not fit into memory: lower "
+                      "--image_size, or take fewer") from None
 
     def read(some):
         for i in some:

@@ -2,6 +2,7 @@
 import dataclasses
 import io
 import math
+import os
 import pickle
 import struct
 import sys
@@ -832,6 +833,19 @@ def test_a_class_may_be_named_train(tmp_path):
     draw_folder(tmp_path, ["train", "bus", "tram", "ship"])
     data = fsdm.load_data(str(tmp_path), None, 16, 3)
     assert sorted(name for s in data.values() for name in s.names) == ["bus", "ship", "train", "tram"]
+
+
+def test_a_class_may_have_a_name_of_any_bytes(tmp_path):
+    draw_folder(tmp_path, ["a", "b", "ü", os.fsdecode(b"\xff")])
+    assert sum(len(split.names) for split in fsdm.load_data(str(tmp_path), None, 8, 3).values()) == 4
+
+
+def test_more_images_than_memory_holds_are_one_sentence(monkeypatch):
+    def empty(*shape, **_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(OSError, match="12 images of 8 x 8 pixels do not fit into memory: lower --image_size"):
+        fsdm.read_split([None] * 12, np.zeros(12, int), ["a"], [0], 8, 3)
 
 
 def test_loose_images_are_no_data_set(tmp_path):
