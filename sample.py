@@ -252,6 +252,7 @@ def crop_to_drawing(image):
     """A PIL image -> the square around what is drawn, an eighth of it a margin on each side; beyond
     the paper's edge its last pixels are repeated. Drawn is what differs from its surroundings, not
     from one colour: light may fall unevenly on the paper."""
+    image.thumbnail((2048, 2048))                           # of a long strip the square would be vast
     pixels = np.asarray(image.convert("RGB"))               # [H, W, 3]
     surroundings = image.convert("RGB").filter(ImageFilter.GaussianBlur(max(image.size) / 8))
     distance = np.abs(pixels.astype(int) - np.asarray(surroundings)).max(2)

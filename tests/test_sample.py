@@ -151,6 +151,12 @@ def test_a_drawing_is_cropped_to_what_is_drawn_wherever_it_lies_and_keeps_its_ma
     assert sample.crop_to_drawing(Image.new("L", (30, 30))).mode == "L"     # nothing drawn
 
 
+def test_the_square_around_a_long_strip_is_small():
+    strip = Image.new("RGB", (60_000, 1))
+    strip.paste("white", (0, 0, 30_000, 1))
+    assert max(sample.crop_to_drawing(strip).size) < 4096
+
+
 def test_uneven_light_is_no_drawing():
     light = np.linspace(110, 210, 200)[:, None] * np.ones(160)              # the shadow is as dark as ink in the light
     light[120:151, 60:71] -= 60
