@@ -221,9 +221,13 @@ class Side:
 
     def save(self, path):
         """Write mu and sigma (pytorch-fid's names), n and the weights' hash as an .npz, whole or not at all."""
-        with open(f"{path}.tmp", "wb") as file:
-            np.savez(file, mu=self.mu, sigma=self.sigma, n=self.n, weights_sha256=self.weights)
-        os.replace(f"{path}.tmp", path)
+        temporary = Path(f"{path}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, mu=self.mu, sigma=self.sigma, n=self.n, weights_sha256=self.weights)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def open_source(path, dims):
@@ -576,10 +580,8 @@ def parse_args(argv=None):
         p.error("give two sides to compare, or one side and --save_stats OUT.npz")
     if args.save_stats is not None:
         out = Path(args.save_stats).resolve()
-        if out.is_dir() or not out.parent.is_dir():
-            p.error(f"--save_stats {out}: expected the name of a file, in a folder that exists")
-        if out == Path(args.real).resolve():
-            p.error(f"--save_stats {out} would overwrite the images it is computed from")
+        if out.exists() or not out.parent.is_dir():
+            p.error(f"--save_stats {out}: expected the name of a new file, in a folder that exists")
     return args
 
 

@@ -565,6 +565,16 @@ def test_statistics_saved_and_read_give_the_same_fid_without_kid(tmp_path, small
     assert result["kid"] is None and result["precision"] is None and any("KID" in n for n in result["notes"])
 
 
+def test_statistics_that_do_not_fit_on_the_disk_leave_nothing_behind(tmp_path, monkeypatch):
+    def savez(file, **_):
+        file.write(b"half of it")
+        raise OSError("No space left on device")
+    monkeypatch.setattr(np, "savez", savez)
+    with pytest.raises(OSError):
+        fid.Side(2, np.zeros(1), np.eye(1), [], [], "unknown").save(tmp_path / "s.npz")
+    assert not os.listdir(tmp_path)
+
+
 def test_two_statistics_files_need_no_weights(offline, tmp_path, capsys):
     np.savez(tmp_path / "s.npz", mu=np.zeros(64), sigma=np.eye(64))          # as pytorch-fid writes them: no n
     np.savez(tmp_path / "t.npz", mu=np.ones(64), sigma=np.eye(64))
