@@ -639,7 +639,8 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
         log = Log(out / "log.jsonl", step, source.with_name("log.jsonl"), wandb)
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.batch_size} sets of "
-        f"{config.sample_size} images a step{'; the first compiles, in silence' * compiled}",
+        f"{config.sample_size} images a step"
+        f"{'; the first compiles, in silence (if that fails: --no_compile)' * compiled}",
         step=step, args=vars(args), config=dataclasses.asdict(config), device=str(device),
         processes=world, dtype=str(dtype), compiled=compiled, torch=torch.__version__)
     stop = listen_for_stop()
