@@ -229,11 +229,13 @@ class DepthwiseConv(nn.Conv2d):
     neighbouring patches meet from the first step on."""
     def __init__(self, width):
         super().__init__(width, width, 3, padding=1, groups=width)
+        self.weight = nn.Parameter(self.weight[:, 0])       # [D, 3, 3]: DDP warns of a side of one
 
     def forward(self, x):                                   # [B, N, D]
         side = math.isqrt(x.shape[1])
         grid = x.mT.unflatten(2, (side, side))              # [B, D, side, side]
-        return super().forward(grid).flatten(2).mT          # [B, N, D]
+        grid = F.conv2d(grid, self.weight[:, None], self.bias, padding=1, groups=self.groups)
+        return grid.flatten(2).mT                           # [B, N, D]
 
 
 def patchify(x, p):

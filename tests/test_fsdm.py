@@ -275,7 +275,7 @@ def test_the_convolution_in_front_of_a_block_mixes_the_neighbours_of_each_channe
     block = opened(fsdm.DiTBlock(6, 3, 12, depthwise_conv=True))
     x, c = torch.randn(2, 16, 6), torch.randn(2, 6)
     grid = F.pad(x.reshape(2, 4, 4, 6), (0, 0, 1, 1, 1, 1))                         # rows and columns of tokens
-    around = sum(grid[:, i:i + 4, j:j + 4] * block.local.weight[:, 0, i, j] for i in range(3) for j in range(3))
+    around = sum(grid[:, i:i + 4, j:j + 4] * block.local.weight[:, i, j] for i in range(3) for j in range(3))
     mixed = x + around.flatten(1, 2) + block.local.bias
     plain = fsdm.DiTBlock(6, 3, 12)
     plain.load_state_dict({name: p for name, p in block.state_dict().items() if not name.startswith("local.")})
