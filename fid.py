@@ -632,6 +632,8 @@ def main(argv=None):
             error = "out of memory: lower --batch_size"
         print(f"fid.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
     scores = [f"{name} {value:.5g}" for name, value in result.items() if isinstance(value, float)]
     print("  ".join(scores))

@@ -328,3 +328,5 @@ if __name__ == "__main__":
             error = "out of memory: lower --batch_size"
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -280,6 +280,16 @@ def test_ctrl_c_before_the_first_step_is_one_sentence(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", [f"{SAMPLE} --support a.png", f"{FID} folder folder"])
+def test_ctrl_c_ends_sampling_and_scoring_without_a_traceback(files, monkeypatch, command):
+    def interrupt(*_, **options):
+        raise KeyboardInterrupt
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(fsdm, "load_model", interrupt)
+    monkeypatch.setattr(torch, "load", interrupt)
+    assert call(command) == (130, "")
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as root:
         make_files(Path(root))
