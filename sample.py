@@ -65,6 +65,8 @@ def parse_args(argv=None):
     p.add_argument("--support", nargs="+",
                    help="image files of one thing: generate more of it; a folder is a set of its own")
     args = p.parse_args(argv)
+    if not args.dataset and (args.k or args.sets):
+        p.error("--k and --sets belong to --dataset; the files of --support are the sets")
     defaults = vars(Request())
     if args.ckpt is None:               # the model that comes along, and drawings that it never saw
         defaults.update(ckpt=str(ASSETS / "symbols.pt"), crop=True)

@@ -92,6 +92,7 @@ ROWS = [
     (f"{TRAIN} --dataset classes --resume good.pt", "--init needs nothing but its weights"),
     (f"{TRAIN} --dataset classes --resume pipe.png", "pipe.png"),
     (f"{TRAIN} --out_dir text.npz", "text.npz"),
+    (f"{SAMPLE} --support a.png --k 3", "--dataset"),
     (f"{SAMPLE} --ckpt gone.pt --support a.png", "gone.pt"),
     (f"{SAMPLE} --ckpt empty --support a.png", "empty"),
     (f"{SAMPLE} --ckpt text.npz --support a.png", "not a checkpoint"),
