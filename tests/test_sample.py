@@ -2,7 +2,6 @@
 import dataclasses
 import functools
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,27 +81,6 @@ def test_a_released_checkpoint_is_smaller_draws_the_same_and_says_what_it_knows(
     assert "small.pt: draws squares, " in said and "ckpt.pt: trained on squares, 7 steps" in said
     first, second = (np.load(tmp_path / out / "samples.npz")["arr_0"].astype(int) for out in ("out", "out_1"))
     assert np.abs(first - second).mean() < 1 < first.std()
-
-
-def test_without_arguments_the_model_draws_the_drawings_that_come_along(ckpt, tmp_path, monkeypatch, capsys):
-    """Both in assets/; what is given takes their place, and --ckpt also the crop's."""
-    assets = tmp_path / "assets"
-    shutil.copytree(HERE / "assets" / "drawings", assets / "drawings")
-    shutil.copy(ckpt, assets / "symbols.pt")
-    monkeypatch.setattr(sample, "ASSETS", assets)
-    monkeypatch.chdir(tmp_path)
-    sample.main([])
-    said, saved = capsys.readouterr().out, np.load("samples/samples.npz")
-    names = sorted(folder.name for folder in (assets / "drawings").iterdir())
-    assert saved["labels"].tolist() == [name for name in names for _ in range(8)]
-    assert "symbols.pt: trained on squares" in said and "cut to what is drawn" in said
-
-    drawing = str(assets / "drawings" / names[0] / "1.png")
-    defaults = sample.parse_args([])
-    mine, whole = (sample.parse_args(["--support", drawing, *more]) for more in ([], ["--crop", "false"]))
-    assert (mine.ckpt, mine.support, mine.crop, whole.crop) == (defaults.ckpt, [drawing], True, False)
-    assert sample.parse_args(["--dataset", "glyphs"]).support is None
-    assert sample.parse_args(["--ckpt", "my.pt", "--support", drawing]).crop is False
 
 
 def test_nothing_that_is_there_is_written_over_or_deleted(ckpt, tmp_path):
