@@ -643,4 +643,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if sys.stdout is not None:                  # names may be in any script
+        sys.stdout.reconfigure(errors="backslashreplace")
     main()

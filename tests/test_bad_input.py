@@ -10,6 +10,7 @@ import pickle
 import re
 import runpy
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -100,6 +101,7 @@ ROWS = [
     (f"{SAMPLE} --ckpt list.pt --support a.png", "not a checkpoint"),
     (f"{SAMPLE} --ckpt huge.pt --support a.png", "hidden_size"),
     (f"{SAMPLE} --ckpt thin.pt --support a.png", "larger than what is stored"),
+    ("sample.py --support a.png --device cpu --out_dir out", "--ckpt is missing"),
     (f"{SAMPLE} --ckpt other.pt --support a.png", "Missing key"),
     (f"{SAMPLE} --ckpt flipped.pt --support a.png", "is damaged"),
     (f"{SAMPLE} --ckpt nan.pt --support a.png", "not finite"),
@@ -289,6 +291,15 @@ def test_ctrl_c_ends_sampling_and_scoring_without_a_traceback(files, monkeypatch
     monkeypatch.setattr(fsdm, "load_model", interrupt)
     monkeypatch.setattr(torch, "load", interrupt)
     assert call(command) == (130, "")
+
+
+def test_names_that_the_terminal_cannot_show_end_no_measurement(files, tmp_path):
+    for i in range(100):
+        shutil.copy(files / "a.png", tmp_path / f"{i}.png")
+    (tmp_path / "ü.png").write_text("no image")
+    done = subprocess.run([sys.executable, "fid.py", "--dims", "64", "--weights", files / "weights.pth", "--device", "cpu",
+                           tmp_path, tmp_path], capture_output=True, cwd=HERE, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and rb"\xfc.png" in done.stdout, done.stderr
 
 
 if __name__ == "__main__":
