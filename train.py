@@ -348,8 +348,8 @@ class Training:
             raise
         except Exception as error:      # what is no checkpoint fails in many ways
             reason = textwrap.shorten(str(error), 200)
-            raise ValueError(f"{path} cannot be resumed: {reason}; --init needs nothing but its "
-                             "weights") from None
+            raise ValueError(f"{path} cannot be resumed: {reason} (a model to hand on, its weights "
+                             "alone, is for --init)") from None
 
     def load_weights(self, path):
         """Begins with the averaged weights of a checkpoint. ValueError when its shapes are others."""

@@ -90,7 +90,7 @@ ROWS = [
     (f"{TRAIN} --resume list.pt", "cannot be resumed"),
     (f"{TRAIN} --dataset classes --resume zero.png", "cannot be resumed"),
     (f"{TRAIN} --dataset classes --resume flipped.pt", "is damaged"),
-    (f"{TRAIN} --dataset classes --resume good.pt", "--init needs nothing but its weights"),
+    (f"{TRAIN} --dataset classes --resume good.pt", "alone, is for --init"),
     (f"{TRAIN} --dataset classes --resume pipe.png", "pipe.png"),
     (f"{TRAIN} --out_dir text.npz", "text.npz"),
     (f"{SAMPLE} --support a.png --k 3", "--dataset"),
