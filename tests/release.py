@@ -14,7 +14,7 @@ import fsdm
 
 def main(ckpt, out, about):
     fsdm.load_model(ckpt)                                                   # says what is wrong with it, if anything
-    saved = torch.load(ckpt, map_location="cpu", weights_only=True)
+    saved = fsdm.read_checkpoint(ckpt)
     weights = {name: tensor.half() for name, tensor in saved["ema"].items()}
     small = dict(ema=weights, config=saved["config"], step=saved["step"], about=about)
     fsdm.write_whole(out, lambda file: torch.save(small, file))

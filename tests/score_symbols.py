@@ -2,8 +2,9 @@
 
     python tests/score_symbols.py assets/symbols.pt omniglot_28.npz weights.pth 2000
 
-For each pair of colours K = 5, and for the first K = 1, 2 and 10 too: the table of sample.py --evaluate, and how far the
-nearest training character is, in any quarter turn: the root of the mean squared difference of two shares of ink, 0 to 1.
+For each pair of colours K = 5, and for the first K = 1, 2 and 10 too: the table of sample.py --evaluate. For the first,
+how far the nearest training character is, in any quarter turn: the root of the mean squared difference of two shares of
+ink, 0 to 1.
 """
 import sys
 from pathlib import Path
@@ -49,19 +50,22 @@ def main(ckpt, dataset, weights, num=2000):
     dtype, _ = fsdm.choose_precision(torch.device("cpu"))
     inception = fid.load_inception(weights, 768)
     data = fsdm.load_data(dataset, None, size, 3, parts=("train", "test"))
+
+    def test_split(colours):
+        return data["test"]._replace(images=coloured(data["test"].images, *COLOURS[colours]))
+
+    for colours, K in [(colours, 5) for colours in COLOURS] + [("black on white", K) for K in (1, 2, 10)]:
+        scores, _ = sample.evaluate(model, test_split(colours), inception, int(num), K, guidance=guidance, dtype=dtype)
+        print(f"\n{colours}, K = {K}, guidance {guidance:g}\n{sample.table(scores)}\n", flush=True)
+
+    split = test_split("black on white")
+    support, _, other = sample.draw_questions(split, 5, int(num), seed=0)
+    made = fsdm.generate(model, split.images[support], 5, guidance=guidance, dtype=dtype)
     turned = torch.cat([data["train"].images.rot90(turn, (2, 3)) for turn in range(4)])
     known = share_of_ink(turned, *COLOURS["white on black"])
-
-    questions = [(colours, 5) for colours in COLOURS] + [("black on white", K) for K in (1, 2, 10)]
-    for colours, K in questions:
-        split = data["test"]._replace(images=coloured(data["test"].images, *COLOURS[colours]))
-        scores, _ = sample.evaluate(model, split, inception, int(num), K, guidance=guidance, dtype=dtype)
-        support, _, other = sample.draw_questions(split, K, int(num), seed=0)
-        made = fsdm.generate(model, split.images[support], K, guidance=guidance, dtype=dtype)
-        generated, real = (nearest(share_of_ink(images.flatten(0, 1), *COLOURS[colours]), known)
-                           for images in (made, split.images[other]))
-        print(f"\n{colours}, K = {K}, guidance {guidance:g}\n{sample.table(scores)}\n"
-              f"nearest training character: generated {generated:.3f}, other real images {real:.3f}\n", flush=True)
+    for name, images in (("generated", made), ("other real images", split.images[other])):
+        distance = nearest(share_of_ink(images.flatten(0, 1), *COLOURS["black on white"]), known)
+        print(f"nearest training character, {name}: {distance:.3f}", flush=True)
 
 
 if __name__ == "__main__":
