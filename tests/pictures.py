@@ -1,9 +1,11 @@
 """Draws the pictures of RESULTS.md from a trained model, on classes it never saw, support on the left:
 
     python tests/pictures.py runs/omniglot/ckpt.pt omniglot_28.npz assets
+    python tests/pictures.py assets/symbols.pt symbols.npz assets emoji omniglot
 
 support.png: the same noise under 1, 2, 5 and 10 support images;  steps.png: what the model takes for the clean image
 from the first evaluation to the last;  nearest.png: samples, and under each the support image nearest to it in pixels.
+With kinds of classes, what their names begin with: kinds.png alone, the first classes of each kind that seed 0 draws.
 """
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ import fsdm
 import sample
 
 SETS, N, STREAM = 4, 10, 8                  # rows of classes, images a row, and a stream of randomness of its own
+KIND_ROWS = 6
 
 
 def growing_support(model, pictures):
@@ -44,10 +47,23 @@ def nearest_support(model, pictures):
     return sample.grid(support, torch.stack([samples, below], 1).flatten(0, 1))
 
 
-def main(ckpt, dataset, out):
+def kinds_in_turn(model, split, kinds):
+    """-> the picture, KIND_ROWS classes of every kind, as seed 0 draws them: nobody has chosen."""
+    pictures, names = fsdm.draw_support(split, len(split.names), 5, 0, STREAM)
+    rows = []
+    for kind in kinds:
+        rows += [i for i, name in enumerate(names) if name.startswith(kind)][:KIND_ROWS]
+    support = pictures[rows]
+    return sample.grid(support, fsdm.generate(model, support, 8, guidance=fsdm.best_guidance(model.config)))
+
+
+def main(ckpt, dataset, out, *kinds):
     model = fsdm.load_model(ckpt)
     config = model.config
     split = fsdm.load_data(dataset, "data", config.image_size, config.in_channels, parts=["test"])["test"]
+    if kinds:
+        kinds_in_turn(model, split, kinds).save(Path(out) / "kinds.png")
+        return
     pictures, _ = fsdm.draw_support(split, SETS, 10, 0, STREAM)
     for name, picture in (("support", growing_support(model, pictures)), ("steps", denoising(model, pictures[:, :5])),
                           ("nearest", nearest_support(model, pictures[:, :5]))):
