@@ -1,5 +1,7 @@
 """Generates new images of what a few images show.
 
+    python sample.py                                        # the model and drawings that come along
+    python sample.py --support mine/*.png                   # drawings of one thing, by that model
     python sample.py --ckpt runs/demo/ckpt.pt --support a.png b.jpg c.png   # images of one thing
     python sample.py --ckpt runs/demo/ckpt.pt --dataset glyphs              # classes never trained on
     python sample.py --ckpt runs/demo/ckpt.pt --dataset glyphs --evaluate   # few-shot scores
@@ -27,16 +29,19 @@ from fsdm import EVALUATION, SETS, rng, say
 
 # ---- The command line: every field of Request is a flag.
 
+ASSETS = Path(__file__).parent / "assets"
+
+
 @dataclass
 class Request:
-    ckpt: str = None                # checkpoint of train.py
+    ckpt: str = None                # checkpoint of train.py; left out, assets/symbols.pt: it knows drawings
     dataset: str = None             # take support sets from a data set, named as in train.py
     split: Literal["train", "val", "test"] = "test"         # classes of the data set
     data_dir: str = "data"          # where torchvision's files of a named data set lie
     download: bool = False          # fetch a named data set when it is not in data_dir
     sets: int = 8                   # support sets to take from the data set
     k: int = None                   # support images a set; one less than the model's sample_size
-    crop: bool = False              # cut files of --support to what is drawn on their paper, and a margin
+    crop: bool = False              # cut files of --support to what is drawn on them; yes without --ckpt
     num: int = None                 # images for each support set (8); with --evaluate in all (2000)
     sampler: Literal[tuple(fsdm.SAMPLERS)] = "2m_sde"       # ddpm in 250 steps is as good, and slow
     steps: int = 20                 # evaluations of the network per image
@@ -62,13 +67,16 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if not args.dataset and (args.k or args.sets):
         p.error("--k and --sets belong to --dataset; the files of --support are the sets")
-    for name, value in vars(Request()).items():
+    defaults = vars(Request())
+    if args.ckpt is None:               # the model that comes along, and drawings that it never saw
+        defaults.update(ckpt=str(ASSETS / "symbols.pt"), crop=True)
+        if not args.dataset:
+            defaults.update(support=sorted(str(folder) for folder in ASSETS.glob("drawings/*")))
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.num is None:
         args.num = 2000 if args.evaluate else 8
-    if args.ckpt is None:
-        p.error("--ckpt is missing: what train.py left, runs/demo/ckpt.pt for example")
     if bool(args.support) == bool(args.dataset):
         p.error("pass either --support with image files or --dataset")
     if args.evaluate and not args.dataset:
@@ -262,6 +270,8 @@ def write_images(model, K, args, options):
     """Support from files or a data set -> grid.png, images/ and samples.npz."""
     shape = model.config.image_size, model.config.in_channels
     if args.support:
+        if args.crop:
+            print("each file is cut to what is drawn on it; --crop false shows it whole")
         support, names = read_support(args.support, shape, crop_to_drawing if args.crop else None)
     else:
         data = fsdm.load_data(args.dataset, args.data_dir, *shape, args.download, [args.split])

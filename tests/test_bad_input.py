@@ -101,7 +101,6 @@ ROWS = [
     (f"{SAMPLE} --ckpt list.pt --support a.png", "not a checkpoint"),
     (f"{SAMPLE} --ckpt huge.pt --support a.png", "hidden_size"),
     (f"{SAMPLE} --ckpt thin.pt --support a.png", "larger than what is stored"),
-    ("sample.py --support a.png --device cpu --out_dir out", "--ckpt is missing"),
     (f"{SAMPLE} --ckpt other.pt --support a.png", "Missing key"),
     (f"{SAMPLE} --ckpt flipped.pt --support a.png", "is damaged"),
     (f"{SAMPLE} --ckpt nan.pt --support a.png", "not finite"),

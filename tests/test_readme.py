@@ -111,9 +111,11 @@ def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path, monkeypatc
              class_is_evaluation=[0] * 10 + [1] * 4)
     fc100 = fsdm.FC100_TEST + fsdm.FC100_VAL + names[40:]
     np.savez("cifar100_x100.npz", images=images, labels=labels, class_names=fc100)
+    np.savez("symbols.npz", images=images[:400], labels=labels[:400])
     np.savez("cifar100_fc100_test.npz", images=images[:400], labels=labels[:400], class_names=fc100[:20])
     torch.save(fid.Inception(64).state_dict(), "weights.pth")
     for i, path in enumerate(["a.png", "b.jpg", "c.png"] + [
+            f"my_drawings/{i}.png" for i in range(5)] + [
             f"{folder}/{c}/{i}.png" for folder in ("my_photos", "kaggle/input/my-images", "folder_of_real_images",
                                                    "folder_of_generated_images") for c in range(20) for i in range(8)]):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -182,6 +184,8 @@ def test_the_pictures_are_drawn_from_unseen_classes(tmp_path):
     assert Image.open(tmp_path / "support.png").size == (20 * tile + bar, 4 * pictures.SETS * tile)
     assert Image.open(tmp_path / "steps.png").size == (15 * tile + bar, pictures.SETS * tile)
     assert Image.open(tmp_path / "nearest.png").size == (15 * tile + bar, 2 * pictures.SETS * tile)
+    pictures.main(tmp_path / "ckpt.pt", str(tmp_path / "a.npz"), tmp_path, "glyph000", "glyph001")
+    assert Image.open(tmp_path / "kinds.png").size == (13 * tile + bar, 4 * tile)
 
 
 def test_the_curves_compare_with_images_that_are_not_in_the_support():

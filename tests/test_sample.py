@@ -2,6 +2,9 @@
 import dataclasses
 import functools
 import json
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +19,7 @@ import fid
 import fsdm
 import release
 import sample
+import train
 
 HERE = Path(__file__).parent.parent
 CONFIG = fsdm.Config(image_size=8, patch_size=4, encoder_patch_size=4, sample_size=4, hidden_size=24, hdim=24, depth=2,
@@ -81,6 +85,42 @@ def test_a_released_checkpoint_is_smaller_draws_the_same_and_says_what_it_knows(
     assert "small.pt: draws squares, " in said and "ckpt.pt: trained on squares, 7 steps" in said
     first, second = (np.load(tmp_path / out / "samples.npz")["arr_0"].astype(int) for out in ("out", "out_1"))
     assert np.abs(first - second).mean() < 1 < first.std()
+
+
+def test_without_arguments_the_model_draws_the_drawings_that_come_along(ckpt, tmp_path, monkeypatch, capsys):
+    """Both in assets/; what is given takes their place, and --ckpt also the crop's."""
+    assets = tmp_path / "assets"
+    shutil.copytree(HERE / "assets" / "drawings", assets / "drawings")
+    shutil.copy(ckpt, assets / "symbols.pt")
+    monkeypatch.setattr(sample, "ASSETS", assets)
+    monkeypatch.chdir(tmp_path)
+    sample.main([])
+    said, saved = capsys.readouterr().out, np.load("samples/samples.npz")
+    names = sorted(folder.name for folder in (assets / "drawings").iterdir())
+    assert saved["labels"].tolist() == [name for name in names for _ in range(8)]
+    assert "symbols.pt: trained on squares" in said and "cut to what is drawn" in said
+
+    drawing = str(assets / "drawings" / names[0] / "1.png")
+    defaults = sample.parse_args([])
+    mine, whole = (sample.parse_args(["--support", drawing, *more]) for more in ([], ["--crop", "false"]))
+    assert (mine.ckpt, mine.support, mine.crop, whole.crop) == (defaults.ckpt, [drawing], True, False)
+    assert sample.parse_args(["--dataset", "glyphs"]).support is None
+    assert sample.parse_args(["--ckpt", "my.pt", "--support", drawing]).crop is False
+
+
+def test_the_model_that_comes_along_is_what_its_command_makes(tmp_path, monkeypatch):
+    """It has the Config of the command in RESULTS.md and draws the picture there, but for another machine's rounding."""
+    assets = HERE / "assets"
+    command = re.search(r"train\.py (--dataset symbols\.npz.*)", (assets / "RESULTS.md").read_text()).group(1)
+    _, config = train.parse_args(shlex.split(command))
+    assert fsdm.load_model(assets / "symbols.pt").config == config
+    assert (assets / "symbols.pt").stat().st_size < 14e6
+
+    monkeypatch.chdir(tmp_path)
+    first = min((assets / "drawings").iterdir())
+    sample.main(["--support", str(first), "--precision", "fp32", "--device", "cpu"])
+    made, shown = (np.array(Image.open(path), int) for path in ("samples/grid.png", assets / "drawings.png"))
+    assert np.abs(made - shown[:len(made)]).mean() < 0.5 < shown[:len(made)].std()
 
 
 def test_nothing_that_is_there_is_written_over_or_deleted(ckpt, tmp_path):
