@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -509,6 +510,14 @@ def test_a_cpu_uses_bf16_only_where_it_is_faster(monkeypatch, rates, dtype):
     rates = dict(zip((torch.float32, torch.bfloat16), rates))
     monkeypatch.setattr(fsdm, "matmul_rate", lambda device, dtype: rates[dtype])
     assert fsdm.choose_precision(torch.device("cpu"))[0] == dtype
+
+
+def test_one_slow_product_tells_its_rate(monkeypatch):
+    """Five of 1024 x 1024 took 16 seconds at every start on a CPU without bf16."""
+    seconds = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
+    assert fsdm.matmul_rate(torch.device("cpu"), torch.float32, size=8) == 2 * 8 ** 3
+    assert next(seconds) == 3
 
 
 @pytest.mark.parametrize("capability, works", [((7, 5), True), ((6, 0), False), ((8, 9), True), ((9, 0), True),
