@@ -1321,16 +1321,12 @@ def choose_precision(device, requested="auto"):
 def matmul_rate(device, dtype, size=512):
     """-> FLOP/s of the best of five square matrix products, of fewer where they take long: a CPU
     without bf16 computes it a hundred times slower."""
-    a, best = torch.ones(size, size, device=device, dtype=dtype), math.inf
-    first = time.perf_counter()
-    for _ in range(5):
+    a, seconds = torch.ones(size, size, device=device, dtype=dtype), []
+    while len(seconds) < 5 and sum(seconds) < 0.25:
         began = time.perf_counter()
         (a @ a)[0, 0].item()                                # .item() waits for the product
-        ended = time.perf_counter()
-        best = min(best, ended - began)
-        if ended - first > 0.25:
-            break
-    return 2 * size ** 3 / best
+        seconds.append(time.perf_counter() - began)
+    return 2 * size ** 3 / min(seconds)
 
 
 def autocast(device, dtype):

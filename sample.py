@@ -34,7 +34,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 @dataclass
 class Request:
-    ckpt: str = None                # checkpoint of train.py; left out, assets/symbols.pt: it knows drawings
+    ckpt: str = None                # checkpoint of train.py; left out, assets/symbols.pt: it knows symbols
     dataset: str = None             # take support sets from a data set, named as in train.py
     split: Literal["train", "val", "test"] = "test"         # classes of the data set
     data_dir: str = "data"          # where torchvision's files of a named data set lie

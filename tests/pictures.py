@@ -17,7 +17,6 @@ import fsdm
 import sample
 
 SETS, N, STREAM = 4, 10, 8                  # rows of classes, images a row, and a stream of randomness of its own
-KIND_ROWS = 6
 
 
 def growing_support(model, pictures):
@@ -47,14 +46,13 @@ def nearest_support(model, pictures):
     return sample.grid(support, torch.stack([samples, below], 1).flatten(0, 1))
 
 
-def kinds_in_turn(model, split, kinds):
-    """-> the picture, KIND_ROWS classes of every kind, as seed 0 draws them: nobody has chosen."""
+def first_of_each(model, split, kinds, rows_each=6):
+    """-> the picture, a row a class, the first of every kind that seed 0 draws: nobody has chosen."""
     pictures, names = fsdm.draw_support(split, len(split.names), 5, 0, STREAM)
     rows = []
     for kind in kinds:
-        rows += [i for i, name in enumerate(names) if name.startswith(kind)][:KIND_ROWS]
-    support = pictures[rows]
-    return sample.grid(support, fsdm.generate(model, support, 8, guidance=fsdm.best_guidance(model.config)))
+        rows += [i for i, name in enumerate(names) if name.startswith(kind)][:rows_each]
+    return sample.grid(pictures[rows], fsdm.generate(model, pictures[rows], 8))
 
 
 def main(ckpt, dataset, out, *kinds):
@@ -62,7 +60,7 @@ def main(ckpt, dataset, out, *kinds):
     config = model.config
     split = fsdm.load_data(dataset, "data", config.image_size, config.in_channels, parts=["test"])["test"]
     if kinds:
-        kinds_in_turn(model, split, kinds).save(Path(out) / "kinds.png")
+        first_of_each(model, split, kinds).save(Path(out) / "kinds.png")
         return
     pictures, _ = fsdm.draw_support(split, SETS, 10, 0, STREAM)
     for name, picture in (("support", growing_support(model, pictures)), ("steps", denoising(model, pictures[:, :5])),
