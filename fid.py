@@ -2,7 +2,7 @@
 
     python fid.py REAL FAKE                          two folders, or .npz files of uint8 images
     python fid.py REAL --save_stats real.npz         compute one side once ...
-    python fid.py real.npz FAKE                      ... and use it again (FID only: statistics have no single features)
+    python fid.py real.npz FAKE                      ... and use it again (FID only: KID needs the features)
     python fid.py REAL FAKE --dims 768 --weights fid_inception_2015_upto_mixed6e.pth
 
 FID is the Frechet distance between Gaussians fitted to Inception features (Heusel et al. 2017, arXiv:1706.08500).
@@ -50,7 +50,7 @@ RESIZE = "bilinear 299, no antialias, as pytorch-fid"
 NPZ_LIMIT = 10 * 2**30          # bytes of arrays in one .npz: 50,000 images of 256 x 256 are 9.8e9
 
 
-class FIDError(Exception):
+class FIDError(ValueError):
     """One sentence that says what is wrong and what to do; if another library's error is behind it, ends with that."""
 
     def __init__(self, sentence, error=None):
@@ -558,9 +558,9 @@ def parse_args(argv=None):
                    help="folder of images, .npz of uint8 images ('arr_0' or 'images') or of statistics")
     p.add_argument("fake", nargs="?",
                    help="the same, for the images to judge; left out with --save_stats")
-    p.add_argument("--dims", "--fid_dims", type=int, default=2048, choices=sorted(Inception.last_layer),
+    p.add_argument("--dims", type=int, default=2048, choices=Inception.last_layer,
                    help="features; 2048 is the standard")
-    p.add_argument("--weights", "--fid_weights",
+    p.add_argument("--weights",
                    help="Inception weights; default: torch's hub cache, else a download")
     p.add_argument("--num", type=int,
                    help="measure this many images a side, spread over all; default: all")
@@ -636,13 +636,14 @@ def main(argv=None):
         sys.exit(130)
 
     scores = [f"{name} {value:.5g}" for name, value in result.items() if isinstance(value, float)]
-    print("  ".join(scores))
+    if scores:                                  # none with --save_stats
+        print("  ".join(scores))
     for note in result["notes"]:
         print(f"note: {note}")
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    if sys.stdout is not None:                  # names may be in any script
+    if sys.stdout is not None:                  # a file's name may hold letters that the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     main()

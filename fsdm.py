@@ -28,14 +28,15 @@ import math
 import os
 import re
 import shutil
+import sys
 import textwrap
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -99,8 +100,9 @@ class Config:
             value = getattr(self, name)
             need(value in known, f"{name} is {value!r}: expected one of {list(known)}")
 
-        divisors = dict(patch_size="image_size", encoder_patch_size="image_size",
-                        num_heads="hidden_size")
+        divisors = dict(patch_size="image_size", num_heads="hidden_size")
+        if self.encoder != "none":
+            divisors["encoder_patch_size"] = "image_size"
         for part, whole in divisors.items():
             part_size, size = getattr(self, part), getattr(self, whole)
             need(size % part_size == 0, f"{part} {part_size} does not divide {whole} {size}")
@@ -226,7 +228,7 @@ def cpu_kernel(k):
 
 class DepthwiseConv(nn.Conv2d):
     """A 3x3 convolution of the grid of tokens, each channel by itself (Chu et al. 2021): it lets
-    neighbouring patches meet from the first step on."""
+    neighbouring patches meet before attention does."""
     def __init__(self, width):
         super().__init__(width, width, 3, padding=1, groups=width)
         self.weight = nn.Parameter(self.weight[:, 0])       # [D, 3, 3]: DDP warns of a side of one
@@ -249,27 +251,26 @@ def unpatchify(x, p):
     return F.pixel_shuffle(x.mT.unflatten(2, (side, side)), p)
 
 
-def position_table(tokens, width):
-    """-> [tokens, width], the start of a learned table: sines and cosines of row and column. These run
-    from 0 to 16 whatever the patch size, so that a target's patch finds the same place in the
+def position_table(side, width):
+    """-> [side * side, width], the start of a learned table: sines and cosines of row and column. These
+    run from 0 to 16 whatever the patch size, so that a target's patch finds the same place in the
     support from the first step on."""
     if width % 4:                               # the preset wide: no room for sin, cos of both
-        return torch.randn(tokens, width) * 0.02
-    side = math.isqrt(tokens)
+        return torch.randn(side ** 2, width) * 0.02
     place = (torch.arange(side) + 0.5) * (16 / side)
     # down to 1/100: with DDPM's 1/10,000 half of them would not move in 16 rows
     frequency = 100.0 ** -torch.linspace(0, 1, width // 4)
     angle = place[:, None] * frequency                      # [side, width / 4]
     line = torch.cat([angle.sin(), angle.cos()], 1)         # [side, width / 2]
-    rows = line[:, None].expand(-1, side, -1)
-    columns = line.expand(side, -1, -1)
-    return torch.cat([rows, columns], 2).flatten(0, 1)
+    rows = line.repeat_interleave(side, 0)                  # [side * side, width / 2]
+    columns = line.repeat(side, 1)
+    return torch.cat([rows, columns], 1)
 
 
 def timestep_embedding(t):
     """t [B] in 0 .. 1000 -> [B, 256]: cosines and sines at geometric frequencies (DDPM)."""
     exponent = torch.arange(128, device=t.device) / 128
-    angle = t[:, None].float() * torch.exp(-math.log(10_000) * exponent)
+    angle = t[:, None] * 10_000.0 ** -exponent
     return torch.cat([angle.cos(), angle.sin()], 1)
 
 
@@ -314,8 +315,7 @@ class DiTBlock(nn.Module):
 # the images themselves (n = K), and no target sees itself. An encoder returns for every target a vector
 # [B, n, D], for every set M tokens [B, M, D], and mask, bool [B, n, M]: the tokens that a target may
 # look at. A target that sees nothing, a row of sees that is all False, has a context too, the empty
-# one; guidance leads away from it. groups: how often an encoder makes the tokens of one image for a
-# set, M = groups * N.
+# one; guidance leads away from it.
 
 class ViT(nn.Module):
     """Dosovitskiy et al. 2021, without a head: images [B, channels, H, W] -> [B, N, D]; with a CLS
@@ -325,7 +325,7 @@ class ViT(nn.Module):
         width, self.patch = config.hdim, config.encoder_patch_size
         heads = math.gcd(width, config.num_heads)           # num_heads need not divide hdim
         self.embed = Linear(self.patch ** 2 * channels, width)
-        self.pos = nn.Parameter(position_table((config.image_size // self.patch) ** 2, width))
+        self.pos = nn.Parameter(position_table(config.image_size // self.patch, width))
         self.cls = nn.Parameter(torch.randn(1, 1, width) * 0.02) if cls else None
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(config.encoder_depth)))
         self.norm = layer_norm(width)
@@ -333,7 +333,7 @@ class ViT(nn.Module):
     def forward(self, images):
         x = self.embed(patchify(images, self.patch)) + self.pos     # [B, N, D]
         if self.cls is not None:
-            x = torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], 1)
+            x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1)
         return self.norm(self.blocks(x))
 
 
@@ -341,10 +341,6 @@ class ImageEncoder(nn.Module):
     """Reads each image by itself, once, whoever will look at it: the order never matters, any
     number of images works, and leaving a target out is a mask. The vector is the mean over all
     patches of the seen images, zero for none."""
-    @staticmethod
-    def groups(targets, images):
-        return images
-
     def __init__(self, config):
         super().__init__()
         self.vit = ViT(config, config.in_channels)
@@ -362,10 +358,6 @@ class StackedEncoder(nn.Module):
     """VFSDDPM's sViT: the images of a set stacked on channels, so the order matters. Every target
     needs a pass of its own; the images it sees fill the first slots, zeros the others. The vector
     is the CLS token's, and a target looks only at the tokens of its own pass."""
-    @staticmethod
-    def groups(targets, images):
-        return targets
-
     def __init__(self, config):
         super().__init__()
         self.slots = config.sample_size
@@ -397,23 +389,24 @@ class Posterior(nn.Module):
         self.layers = nn.Sequential(Linear(width, width), nn.GELU(), Linear(width, 2 * width))
 
     def forward(self, vector, tokens, mask, noise=None):
-        """What an encoder returns, and noise [B, n + M, D] or None for the mean
+        """What an encoder returns, and noise [B, n + M or more, D] or None for the mean
         -> vector [B, n, D], tokens [B, M, D], KL [B, n]."""
         n = vector.shape[1]
         h = self.layers(torch.cat([vector, tokens], 1)).float()     # [B, n + M, 2 D]
         mu, log_var = h.chunk(2, dim=2)
-        c = mu if noise is None else mu + (log_var / 2).exp() * noise
+        c = mu if noise is None else mu + (log_var / 2).exp() * noise[:, :mu.shape[1]]
         kl = (mu.square() + log_var.exp() - 1 - log_var).sum(2) / 2         # [B, n + M]
         seen = (mask * kl[:, None, n:]).sum(2)              # [B, n]
         return c[:, :n], c[:, n:], kl[:, :n] + seen
 
 
-def context_noise_shape(config, targets, images):
-    """How many of each a set has -> (n + M, hdim), the shape of its noise for a Posterior."""
+def context_noise_shape(config, count):
+    """The shape of a set's noise for a Posterior, with room for `count` targets and their tokens, of
+    which an encoder makes N for each image or for each target."""
     tokens = (config.image_size // config.encoder_patch_size) ** 2
     if config.mode_conditioning == "film":
         tokens = 0
-    return targets + ENCODERS[config.encoder].groups(targets, images) * tokens, config.hdim
+    return count * (1 + tokens), config.hdim
 
 
 # ---- Denoisers: noisy targets x [B, n, C, H, W], their times t [B, n], the context of their sets
@@ -440,7 +433,7 @@ class DiT(nn.Module):
         self.embed = Linear(pixels * (1 + 2 * len(self.powers)), width, bias=False)
         nn.init.xavier_uniform_(self.embed.weight[:, :pixels])
         nn.init.zeros_(self.embed.weight[:, pixels:])       # mostly they are only noise
-        self.pos = nn.Parameter(position_table((config.image_size // self.patch) ** 2, width))
+        self.pos = nn.Parameter(position_table(config.image_size // self.patch, width))
 
         self.time_scale = 1000 / config.diffusion_steps
         self.time = nn.Sequential(Linear(256, width, bias=False), nn.SiLU(),
@@ -536,7 +529,7 @@ SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
 
 
 # target: what the network learns to output; to_x0: its inverse, affine in `out`, so that guidance may
-# mix outputs of any kind. Losses compare only within one kind.
+# mix outputs of any kind. Losses of different predictions cannot be compared.
 
 class PredictNoise:
     """DDPM, eq. 14 and 15."""
@@ -590,7 +583,7 @@ class FSDM(nn.Module):
 
     def read(self, images, sees, noise=None):
         """Images [B, K, C, H, W] in [-1, 1], and who sees whom, bool [B, n, K] -> Context, or None
-        without encoder. noise: for a variational context [B, n + M, hdim]; None: its mean."""
+        without encoder. noise: for a variational context [B, n + M or more, hdim]; None: its mean."""
         if self.encoder is None:
             return None
         vector, tokens, mask = self.encoder(images, sees)   # [B, n, D], [B, M, D], bool [B, n, M]
@@ -657,13 +650,12 @@ def even_times(alpha_bar, steps):
 
 def even_log_snr(alpha_bar, steps):
     """-> [(t, alpha, sigma)], evenly spaced in log(alpha / sigma) from t = T - 1 down to 0, and h, the
-    space between two. Times may lie between two of the trained ones."""
+    step between two. Times may lie between two of the trained ones."""
     log_snr = alpha_bar.logit().numpy() / 2                 # [T], falling
-    first, last = log_snr[-1], log_snr[0]
-    levels = np.linspace(first, last, steps)
+    levels, h = np.linspace(log_snr[-1], log_snr[0], steps, retstep=True)
     times = np.interp(levels, log_snr[::-1], np.arange(len(log_snr))[::-1])
     alpha_bar = torch.from_numpy(levels * 2).sigmoid()
-    return noise_levels(times, alpha_bar), (last - first) / max(1, steps - 1)
+    return noise_levels(times, alpha_bar), h
 
 
 def ddim(denoise, x, alpha_bar, steps, draw, eta=0.0, large=False):
@@ -717,7 +709,7 @@ def generate(model, support, n, sampler="2m_sde", steps=20, guidance=None, seed=
     check_request(model, support, guidance, draw_context)
     S, K, *picture = support.shape
     # with guidance an image is two targets, one that sees its support and one that sees nothing
-    targets = 1 if guidance == 1 or model.encoder is None else 2
+    targets = 1 if guidance == 1 else 2
     made, progress = [], Progress("generated", S * n)
     for numbers in torch.arange(S * n).split(batch_size):
         images = to_signal(support[numbers // n])           # [B, K, C, H, W], each image's own support
@@ -726,7 +718,7 @@ def generate(model, support, n, sampler="2m_sde", steps=20, guidance=None, seed=
         draw = image_noise(seed, SAMPLING, numbers, (1, *picture), images.device)
         context_noise = None
         if draw_context:
-            shape = context_noise_shape(model.config, targets, K)
+            shape = context_noise_shape(model.config, max(targets, K))
             context_noise = image_noise(seed, CONTEXT, numbers, shape, images.device)()
         with autocast(images.device, dtype):
             context = model.read(images, sees, context_noise)       # once, not at every step
@@ -759,11 +751,8 @@ def check_request(model, support, guidance, draw_context):
     away from, or no room for K support images."""
     if draw_context and model.posterior is None:
         raise ValueError("this model's context is deterministic: there is nothing to draw")
-    if model.encoder is None:
-        return
-    if guidance != 1 and model.config.context_dropout == 0:
-        raise ValueError(f"guidance {guidance}: this model was trained without context dropout, "
-                         "only 1 works")
+    if guidance != 1 and best_guidance(model.config) == 1:
+        raise ValueError(f"guidance {guidance}: this model was not trained for it, only 1 works")
     K, most = support.shape[1], model.config.sample_size - 1
     if isinstance(model.encoder, StackedEncoder) and K > most:
         raise ValueError(f"{K} support images: this model was trained to read {most} at most")
@@ -816,15 +805,15 @@ def leave_one_out(sets, size, generator, vary=False, dropout=0.0):
     """-> bool [sets, size, size]: target i sees image j of its set, and never itself.
 
     vary: each sees 1 .. size - 1 of the others; dropout: the share of targets that see none."""
-    device, shape = generator.device, (sets, size, size)
-    own = torch.eye(size, dtype=torch.bool, device=device)
-    keys = torch.rand(shape, generator=generator, device=device)
+    where = dict(generator=generator, device=generator.device)
+    own = torch.eye(size, dtype=torch.bool, device=generator.device)
+    keys = torch.rand(sets, size, size, **where)
     keys = keys.masked_fill(own, 2)     # a target's own image ranks last, so it is never among the seen
     rank = keys.argsort(2).argsort(2)
     # of twice the range, cut at its end: all the others more than half the time
-    count = torch.randint(1, max(2, 2 * size - 1), (sets, size, 1), generator=generator, device=device)
+    count = torch.randint(1, max(2, 2 * size - 1), (sets, size, 1), **where)
     count = count.clamp(max=size - 1) if vary else size - 1
-    dropped = torch.rand(sets, size, 1, generator=generator, device=device) < dropout
+    dropped = torch.rand(sets, size, 1, **where) < dropout
     return (rank < count) & ~dropped
 
 
@@ -835,24 +824,26 @@ def draw_support(split, sets, size, seed, stream):
     order = torch.randperm(C, generator=generator).repeat(1 + sets // C)[:sets]
     split = split._replace(offsets=split.offsets.cpu())
     index = draw_sets(split, order, size, generator)
-    return split.images[index.to(split.images.device)], [split.names[c] for c in order]
+    return split.images[index], [split.names[c] for c in order]
 
 
 # ---- Data: a loader(path, size, download) says what there is, without deciding what becomes of it:
 # pictures (files, arrays [H, W] or [H, W, 3], or PIL images), their labels int [pictures], the names of
-# all classes, and the labels of the classes in "train", "val" and "test"; or raises ValueError or OSError
-# with a sentence. load_data makes Splits of it.
+# all classes, and the part of each, an array of "train", "val", "test" or "none"; or raises ValueError or
+# OSError with a sentence. load_data makes Splits of it.
 
 def split_by_name(names):
-    """Class names -> labels of each part: 70/10/20 percent in the order of the names' SHA-1."""
+    """-> the part of each class: 70/10/20 percent in the order of the names' SHA-1."""
     if len(names) < 3:
         raise ValueError(f"{len(names)} class(es) found: at least 3 are needed, one each to train, "
                          "validate and test")
     names = [name.encode(errors="surrogateescape") for name in names]   # folders may have any bytes
     order = sorted(range(len(names)), key=lambda c: hashlib.sha1(names[c]).digest())
     test, val = max(1, len(names) // 5), max(1, len(names) // 10)
-    return {"train": sorted(order[test + val:]), "val": sorted(order[test:test + val]),
-            "test": sorted(order[:test])}
+    parts = np.full(len(names), "train")
+    parts[order[:test]] = "test"
+    parts[order[test:test + val]] = "val"
+    return parts
 
 
 # FC100: whole superclasses of CIFAR-100 are held out (Oreshkin et al. 2018): no near relatives
@@ -863,20 +854,18 @@ FC100_VAL = """bear leopard lion tiger wolf  camel cattle chimpanzee elephant ka
 
 
 def split_fc100(names):
-    part = {**dict.fromkeys(FC100_TEST, "test"), **dict.fromkeys(FC100_VAL, "val")}
-    keep = {"train": [], "val": [], "test": []}
-    for c, name in enumerate(names):
-        keep[part.get(name, "train")].append(c)
-    return keep
+    held_out = [np.isin(names, FC100_TEST), np.isin(names, FC100_VAL)]
+    return np.select(held_out, ["test", "val"], "train")
 
 
 def split_background(evaluation):
     """Omniglot's rule, from bool [classes]: evaluation classes test, the last tenth of the others
     validates."""
-    evaluation = np.asarray(evaluation, bool)
-    background = np.flatnonzero(~evaluation)
+    parts = np.where(evaluation, "test", "train")
+    background = np.flatnonzero(parts == "train")
     val = math.ceil(len(background) / 10)
-    return {"train": background[:-val], "val": background[-val:], "test": np.flatnonzero(evaluation)}
+    parts[background[-val:]] = "val"
+    return parts
 
 
 def glyphs(path, size, download, classes=(1000, 100, 100), per_class=20):
@@ -897,10 +886,9 @@ def glyphs(path, size, download, classes=(1000, 100, 100), per_class=20):
         while abs((ink - paper) @ (0.30, 0.59, 0.11)) < 0.4:        # too little contrast to be read
             ink, paper = g.random((2, 3))
         images += [draw_glyph(strokes, ink, paper, size, g) for _ in range(per_class)]
-    parts = np.split(np.arange(count), np.cumsum(classes[:2]))
-    keep = dict(zip(("train", "val", "test"), parts))
+    parts = np.repeat(["train", "val", "test"], classes)
     names = [f"glyph{c:04d}" for c in range(count)]
-    return np.stack(images), np.arange(count).repeat(per_class), names, keep
+    return np.stack(images), np.arange(count).repeat(per_class), names, parts
 
 
 def draw_glyph(strokes, ink, paper, size, g):
@@ -938,31 +926,31 @@ def mnist(path, size, download):
 
 def omniglot(path, size, download):
     """Background alphabets train and validate, evaluation alphabets test; ink is white."""
-    images, labels, names, evaluation = [], [], [], []
+    images, characters = [], []
     for background in (True, False):
         data = datasets.Omniglot(path, background, download=download)
-        classes = sorted(data._characters)                  # torchvision does not sort
-        labels += [len(names) + classes.index(data._characters[label]) for _, label in data]
-        images += [ImageOps.invert(image) for image, _ in data]
-        evaluation += [not background] * len(classes)
-        names += classes
-    return images, np.array(labels), names, split_background(evaluation)
+        for image, label in data:
+            images.append(ImageOps.invert(image))
+            characters.append(data._characters[label])
+    names, labels = np.unique(characters, return_inverse=True)
+    evaluation = np.isin(names, data._characters)           # of the second data set
+    return images, labels, names.tolist(), split_background(evaluation)
 
 
 def celeba(path, size, download):
     """A class is an identity with at least 20 images; identities sorted, 70/10/20 percent."""
     data = datasets.CelebA(path, "all", target_type="identity", download=download)
     names, labels, count = np.unique(data.identity, return_inverse=True, return_counts=True)
-    classes = np.flatnonzero(count >= 20)
-    a, b = int(len(classes) * 0.7), int(len(classes) * 0.8)
-    keep = {"train": classes[:a], "val": classes[a:b], "test": classes[b:]}
+    few = count < 20
+    share = np.cumsum(~few) / np.sum(~few)                  # of the classes up to here
+    parts = np.select([few, share <= 0.7, share <= 0.8], ["none", "train", "val"], "test")
     images = Path(data.root, data.base_folder, "img_align_celeba")
-    return [images / name for name in data.filename], labels.ravel(), names.astype(str).tolist(), keep
+    return [images / name for name in data.filename], labels.ravel(), names.astype(str).tolist(), parts
 
 
 def folder(path, size, download):
     """A folder of class folders, or train/ val/ test/ with class folders in them, under these or
-    similar names. What is guessed is said."""
+    similar names. Guesses are printed."""
     root, folders = Path(path), folders_in(path)
     while len(folders) == 1 and folders_in(folders[0]) and not folders[0].is_symlink():
         print(f"{root} holds one folder only: the classes are taken to be those in {folders[0]}")
@@ -977,40 +965,38 @@ def folder(path, size, download):
     classes = [c for d in parts for c in folders_in(d)] if parts else folders
     names = sorted({c.name for c in classes})
     if len(names) < 3:
-        loose = sum(f.is_file() and not hidden(Path(f.name)) for f in root.iterdir())
-        raise ValueError(f"{root} holds {len(names)} class folder(s) {names} and {loose} loose files: "
-                         "expected a folder for each class, at least 3, or train/ val/ test/ with "
-                         "such folders in them")
+        raise ValueError(f"{root} holds {len(names)} class folder(s) {names}: expected a folder for each "
+                         "class, at least 3, or train/ val/ test/ with such folders in them")
 
-    keep = {part: [names.index(c.name) for c in classes if parts.get(c.parent) == part]
-            for part in ("train", "val", "test")}
+    if len(names) < len(classes):
+        print(f"{root}: parts share classes: these are put together, and classes split by name")
+        parts = {}
+    part_of = {c.name: parts.get(c.parent) for c in classes}
+    which = np.array([part_of[name] for name in names])
     if not parts:
-        keep = split_by_name(names)
-    elif len(names) < len(classes):
-        print(f"{root}: parts share classes, so they split images, and this program splits classes: "
-              "all images of a class are put together, and classes are split by name")
-        keep = split_by_name(names)
-    elif not keep["val"]:
+        which = split_by_name(names)
+    elif "val" not in which:
         print(f"{root} has no val/: a tenth of the classes of train/ validate, chosen by name")
-        chosen = split_by_name([names[c] for c in keep["train"]])["val"]
-        keep["val"] = [keep["train"][i] for i in chosen]
-        keep["train"] = [c for c in keep["train"] if c not in keep["val"]]
+        train = np.flatnonzero(which == "train")
+        chosen = split_by_name([names[c] for c in train]) == "val"
+        which[train[chosen]] = "val"
 
     files, labels = [], []
     for c in classes:
-        found = [f for f in sorted(c.rglob("*")) if f.is_file() and not hidden(f.relative_to(c))]
+        found = [f for f in sorted(c.rglob("*"))
+                 if f.is_file() and not any(map(hidden, f.relative_to(c).parts))]
         files += found
         labels += [names.index(c.name)] * len(found)
-    return files, np.array(labels, np.int64), names, keep
+    return files, np.array(labels, np.int64), names, which
 
 
 def folders_in(path):
-    return sorted(d for d in Path(path).iterdir() if d.is_dir() and not hidden(Path(d.name)))
+    return sorted(d for d in Path(path).iterdir() if d.is_dir() and not hidden(d.name))
 
 
-def hidden(path):
-    """As notebooks and archives leave them."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+def hidden(name):
+    """Whether a file or folder of this name is left out: notebooks and archives leave such behind."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def npz(path, size, download):
@@ -1027,11 +1013,10 @@ def npz(path, size, download):
     if labels.shape != images.shape[:1]:
         raise ValueError(f"{path} has {labels.shape} labels for {images.shape} images: expected one each")
 
-    if "class_names" in arrays:
-        names = arrays["class_names"].astype(str).tolist()
-    else:
-        values, labels = np.unique(labels, return_inverse=True)
-        names = values.astype(str).tolist()
+    names = arrays.get("class_names")
+    if names is None:
+        names, labels = np.unique(labels, return_inverse=True)
+    names = names.astype(str).tolist()
     if (labels.dtype.kind not in "iu" or not np.isin(labels, np.arange(len(names))).all()
             or evaluation is not None and evaluation.shape != (len(names),)
             or np.unique(names).shape != np.shape(names)):
@@ -1039,12 +1024,12 @@ def npz(path, size, download):
                          "fit together")
 
     if evaluation is not None:
-        keep = split_background(evaluation)
+        parts = split_background(evaluation)
     elif set(FC100_TEST) <= set(names):
-        keep = split_fc100(names)
+        parts = split_fc100(names)
     else:
-        keep = split_by_name(names)
-    return images[..., 0] if shape == (1,) else images, labels, names, keep
+        parts = split_by_name(names)
+    return images[..., 0] if shape == (1,) else images, labels, names, parts
 
 
 def read_npz(path, names, most=2 ** 34):
@@ -1070,21 +1055,24 @@ def load_data(dataset, data_dir, size, channels, download=False, parts=("train",
 
     dataset: a key of DATASETS (files under `data_dir`), a folder of class folders, or an .npz.
     Raises ValueError or OSError with a sentence when there is nothing to load."""
-    loader, path = DATASETS.get(dataset), data_dir
-    if loader is None:
-        loader, path, is_there = folder, dataset, os.path.isdir
-        if dataset.endswith(".npz"):
-            loader, is_there = npz, os.path.isfile          # a pipe would wait for ever
-        if not is_there(path):
-            raise ValueError(f"dataset '{dataset}': expected one of {sorted(DATASETS)}, a folder of "
-                             "class folders, or an .npz with images and labels")
+    path = dataset
+    if dataset in DATASETS:
+        loader, path = DATASETS[dataset], data_dir
+    elif os.path.isdir(dataset):
+        loader = folder
+    elif dataset.endswith(".npz") and os.path.isfile(dataset):      # a pipe would wait for ever
+        loader = npz
+    else:
+        raise ValueError(f"dataset '{dataset}': expected one of {sorted(DATASETS)}, a folder of "
+                         "class folders, or an .npz with images and labels")
     try:
-        pictures, labels, names, keep = loader(path, size, download)
+        pictures, labels, names, which = loader(path, size, download)
     except RuntimeError as error:                           # torchvision's way to say "no files"
         raise OSError(f"{dataset}: {error} (--download fetches it, --data_dir says where it is)") from None
     splits = {}
     for part in parts:
-        split = read_split(pictures, labels, names, keep[part], size, channels)
+        keep = np.flatnonzero(which == part)
+        split = read_split(pictures, labels, names, keep, size, channels)
         print(f"{part}: {len(split.images):,} images of {len(split.names):,} classes, the first of "
               f"them {', '.join(split.names[:3])}")
         splits[part] = split
@@ -1099,7 +1087,7 @@ def say(sentence):
 
 
 class Progress:
-    """Says how far a long work is, every ten seconds from the fifth on."""
+    """Says how far a long job is, every ten seconds from the fifth on."""
     def __init__(self, verb, total):
         self.verb, self.total, self.done = verb, total, 0
         self.began = time.perf_counter()
@@ -1118,9 +1106,9 @@ class Progress:
 
 
 def read_split(pictures, labels, names, keep, size, channels):
-    """The classes `keep` of what a loader found -> Split: every picture made size x size, by all
-    cores, straight into its place. Unreadable files are named and left out."""
-    keep, unreadable = sorted(keep), {}
+    """The classes `keep`, in order, of what a loader found -> Split: every picture made size x size,
+    by all cores, straight into its place. Unreadable files are named and left out."""
+    unreadable = {}
     rows = np.flatnonzero(np.isin(labels, keep))
     rows = rows[np.argsort(labels[rows], kind="stable")]    # class by class
     try:
@@ -1129,18 +1117,16 @@ def read_split(pictures, labels, names, keep, size, channels):
         raise OSError(f"{len(rows):,} images of {size} x {size} pixels do not fit into memory: lower "
                       "--image_size, or take fewer") from None
 
-    def read(some):
-        for i in some:
-            try:
-                images[i] = torch.from_numpy(to_picture(pictures[rows[i]], size, channels))
-            except ValueError as error:
-                unreadable[i] = str(error)
+    def read(i):
+        try:
+            images[i] = torch.from_numpy(to_picture(pictures[rows[i]], size, channels))
+        except ValueError as error:
+            unreadable[i] = str(error)
 
-    with ThreadPoolExecutor() as pool:
-        pieces = np.array_split(np.arange(len(rows)), 1 + len(rows) // 1000)
-        progress = Progress("read", len(rows))
-        for piece, _ in zip(pieces, pool.map(read, pieces)):
-            progress(len(piece))
+    progress = Progress("read", len(rows))
+    with ThreadPool() as pool:
+        for _ in pool.imap(read, range(len(rows)), chunksize=10):
+            progress(1)
 
     if unreadable:
         print(f"{len(unreadable)} files are left out: {', '.join(list(unreadable.values())[:3])}")
@@ -1156,8 +1142,8 @@ def check_data(data, sample_size, parts=("train", "val")):
     for part in parts:
         split = data[part]
         if not split.names:
-            raise ValueError(f"the data set has no {part} classes: they are split by class, and it "
-                             "needs more of them")
+            raise ValueError(f"the data set has no {part} classes: it needs more, to train, validate "
+                             "and test")
         fewest, c = split.offsets.diff().min(0)
         if fewest < sample_size:
             raise ValueError(f"class '{split.names[c]}' has {fewest} readable images, and a set takes "
@@ -1176,18 +1162,18 @@ def to_picture(source, size, channels, prepare=None):
     if isinstance(source, np.ndarray):
         source = Image.fromarray(source)
     if isinstance(source, Image.Image):
-        return squared(source, size, channels, prepare)
+        return to_square(source, size, channels, prepare)
     if not os.path.isfile(source):                          # a pipe named .png would wait for ever
         raise ValueError(f"{source} is a folder: pass its files" if os.path.isdir(source)
                          else f"{source}: there is no such file")
     try:
         with Image.open(source, formats=FORMATS) as image:
-            return squared(image, size, channels, prepare)
+            return to_square(image, size, channels, prepare)
     except Exception as error:                              # decoders fail in many ways
         raise ValueError(f"{source} cannot be read as an image: {error}") from None
 
 
-def squared(image, size, channels, prepare=None):
+def to_square(image, size, channels, prepare=None):
     """A PIL image of any mode and size -> uint8 [C, size, size]."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):                   # 16-bit grey: PIL would clip it, not scale it
@@ -1249,7 +1235,7 @@ def load_model(path, device="cpu", weights="ema"):
     """Reads a checkpoint to generate with: path -> an FSDM in eval mode on `device`.
 
     weights: "ema", the moving average, or "raw", the last step's. model.about is a sentence on what it
-    was trained for. Raises OSError when there is no file and ValueError when it is not one of ours."""
+    was trained on. Raises OSError when there is no file and ValueError when it is not one of ours."""
     try:
         saved = read_checkpoint(path, mmap=True)
         state = saved["ema" if weights == "ema" else "model"]
@@ -1272,8 +1258,7 @@ def load_model(path, device="cpu", weights="ema"):
 def choose_device(requested="auto"):
     """auto, cpu, cuda, cuda:1, mps -> torch.device. Raises ValueError when it is not here."""
     if requested == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        requested = "cuda" if torch.cuda.is_available() else mps
+        requested = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.device(requested)
         torch.empty(0, device=device)
@@ -1302,20 +1287,19 @@ def has_kernels(capability, architectures):
 
 def choose_precision(device, requested="auto"):
     """-> (dtype to multiply in, the reason in words). requested: auto, fp32, bf16 or fp16."""
-    single, half, t4 = torch.float32, torch.bfloat16, False
-    if device.type == "cuda":
-        t4 = torch.cuda.get_device_capability(device) < (8, 0)      # it computes bf16 in software
+    dtypes = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
     if requested != "auto":
-        slow = ", but this GPU has no bf16: fp16 is several times faster"
-        return (dict(fp32=single, bf16=half, fp16=torch.float16)[requested],
-                "as asked for" + slow * (t4 and requested == "bf16"))
+        return dtypes[requested], "as asked for"
     if device.type == "cuda":
-        return (torch.float16, "this GPU has no bf16") if t4 else (half, "this GPU has it")
+        if torch.cuda.get_device_capability(device) < (8, 0):       # a T4 computes bf16 in software
+            return torch.float16, "this GPU has no bf16"
+        return torch.bfloat16, "this GPU has it"
     if device.type == "cpu":
-        fp32, bf16 = matmul_rate(device, single) / 1e9, matmul_rate(device, half) / 1e9
-        return (half if bf16 > 1.5 * fp32 else single,
-                f"a CPU of {fp32:,.0f} GFLOP/s in fp32, {bf16:,.0f} in bf16")
-    return single, f"the safe choice on {device.type}"
+        fp32 = matmul_rate(device, torch.float32) / 1e9
+        bf16 = matmul_rate(device, torch.bfloat16) / 1e9
+        choice = "bf16" if bf16 > 1.5 * fp32 else "fp32"
+        return dtypes[choice], f"a CPU of {fp32:,.0f} GFLOP/s in fp32, {bf16:,.0f} in bf16"
+    return torch.float32, f"the safe choice on {device.type}"
 
 
 def matmul_rate(device, dtype, size=512):
@@ -1359,6 +1343,22 @@ def compile_in_place(model, dtype):
     model.compile(fullgraph=True, dynamic=False)
 
 
+def run(main, advice):
+    """Runs a script's main(): what is wrong is one sentence and exit code 2. advice: when memory is short."""
+    if sys.stdout is not None:      # a file's name may hold letters that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        main()
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = f"out of memory: {advice}"
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:                               # train.py's loop ends by itself
+        print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
 def make_parser(description, fields):
     """-> an ArgumentParser with a flag for every field of a dataclass."""
     parser = argparse.ArgumentParser(description=description,
@@ -1382,7 +1382,15 @@ def add_flags(parser, fields, owner=""):
         parser.add_argument(f"--{field.name}", **options)
 
 
+def check_least(parser, args, **least):
+    """Exits with a sentence when a number is below its least value, or not finite."""
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value < math.inf:
+            parser.error(f"--{name} is {value}: it must be at least {low}")
+
+
 def parse_bool(text):
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+    if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"'{text}': expected True or False")
-    return text.lower() in ("true", "1", "yes")
+    return text.lower() == "true"

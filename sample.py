@@ -12,8 +12,7 @@ samples.npz (arr_0 uint8 NHWC). Everything about the model comes from the checkp
 import dataclasses
 import json
 import os
-import sys
-import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -41,7 +40,7 @@ class Request:
     download: bool = False          # fetch a named data set when it is not in data_dir
     sets: int = 8                   # support sets to take from the data set
     k: int = None                   # support images a set; one less than the model's sample_size
-    crop: bool = False              # cut files of --support to what is drawn on them; yes without --ckpt
+    crop: bool = False              # cut files of --support to what is drawn on them; True without --ckpt
     num: int = None                 # images for each support set (8); with --evaluate in all (2000)
     sampler: Literal[tuple(fsdm.SAMPLERS)] = "2m_sde"       # ddpm in 250 steps is as good, and slow
     steps: int = 20                 # evaluations of the network per image
@@ -53,7 +52,7 @@ class Request:
     out_dir: str = "samples"        # a new folder for the images; samples_1, ... if it is there already
     batch_size: int = 64            # images generated together: lower it to save memory
     device: str = "auto"            # auto, cpu, cuda, cuda:1 or mps
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"     # of the products
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"     # of matrix products
     evaluate: bool = False          # score --num images of test and training classes (scores.json)
     shared_pool: bool = False       # references may be support images, the paper's protocol
     fid_weights: str = None         # Inception weights file; torch's cache or a download if left out
@@ -67,16 +66,16 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if not args.dataset and (args.k or args.sets):
         p.error("--k and --sets belong to --dataset; the files of --support are the sets")
-    defaults = vars(Request())
+    if args.evaluate and (args.split or args.sets):
+        p.error("--evaluate scores test and training classes in sets of its own: leave out --split "
+                "and --sets")
+    p.set_defaults(**vars(Request()))
+    p.set_defaults(num=2000 if args.evaluate else 8)
     if args.ckpt is None:               # the model that comes along, and drawings that it never saw
-        defaults.update(ckpt=str(ASSETS / "symbols.pt"), crop=True)
+        p.set_defaults(ckpt=str(ASSETS / "symbols.pt"), crop=True)
         if not args.dataset:
-            defaults.update(support=sorted(str(folder) for folder in ASSETS.glob("drawings/*")))
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.num is None:
-        args.num = 2000 if args.evaluate else 8
+            p.set_defaults(support=sorted(str(folder) for folder in ASSETS.glob("drawings/*")))
+    args = p.parse_args(argv)           # again, now with defaults
     if bool(args.support) == bool(args.dataset):
         p.error("pass either --support with image files or --dataset")
     if args.evaluate and not args.dataset:
@@ -85,10 +84,7 @@ def parse_args(argv=None):
         p.error(f"--eta belongs to --sampler ddim, not to {args.sampler}")
     if args.eta is not None and not 0 <= args.eta <= 1:
         p.error(f"--eta is {args.eta}: expected 0, no noise, to 1, as much as ddpm")
-    for name, low in dict(sets=1, num=1, steps=1, batch_size=1, k=1, seed=0).items():
-        value = getattr(args, name)
-        if value is not None and value < low:
-            p.error(f"--{name} is {value}: it must be at least {low}")
+    fsdm.check_least(p, args, sets=1, num=1, steps=1, batch_size=1, k=1, seed=0)
     return args
 
 
@@ -96,13 +92,11 @@ def parse_args(argv=None):
 
 def draw_questions(split, K, num, seed, shared_pool=False):
     """Sets of K support images, each with K reference images and K other real images of its class,
-    and in one class no image twice; shared_pool, the paper's protocol: references, and other real
+    and no image is used twice; shared_pool, the paper's protocol: references, and other real
     images, may be support images.
 
     -> three int64 [S, K], indices into split.images, S = num / K or as many as the classes allow; a
     function of the seed and the split only. Raises ValueError when these are fewer than 4 images."""
-    if K < 1:
-        raise ValueError("few-shot scores need at least one support image: pass --k 5")
     generator, rounds = rng("cpu", seed, EVALUATION), []
     for c in torch.randperm(len(split.names), generator=generator).tolist():
         first, end = split.offsets[c:c + 2].tolist()
@@ -113,12 +107,13 @@ def draw_questions(split, K, num, seed, shared_pool=False):
         real = (again if shared_pool else images[half:]).split(K)
         for r in range(sets):
             rounds.append((r, support[r], real[r], real[sets + r]))
-    if len(rounds) * K < 4:
-        raise ValueError(f"the classes of this split allow {len(rounds)} sets of {K} images, too few to "
-                         f"score: lower --k (a class gives a set for every {4 * K} images, and the "
-                         f"largest has {split.largest}), or add classes")
     rounds.sort(key=lambda question: question[0])           # a set of every class, then a second, ...
-    _, support, reference, other = zip(*rounds[:max(1, num // K)])
+    rounds = rounds[:max(1, num // K)]
+    if len(rounds) * K < 4:
+        raise ValueError(f"{len(rounds)} sets of {K} images are too few to score: raise --num, lower --k "
+                         f"(a class gives a set for every {4 * K} images, and the largest has "
+                         f"{split.largest}), or add classes")
+    _, support, reference, other = zip(*rounds)
     return torch.stack(support), torch.stack(reference), torch.stack(other)
 
 
@@ -126,43 +121,35 @@ def evaluate(model, split, inception, num=2000, K=5, shared_pool=False, seed=0, 
     """Scores against references of the same classes, for the generated images and for both ends of
     the scale: the support images returned as they are, and other real images. options: of generate.
 
-    -> {"generated" | "support returned" | "other real images": {fid, kid, kid_spread, precision,
-    recall, nearest_support, right_class}}, and the recipe. nearest_support: the mean distance to the
-    nearest image of the own support, in features; near zero it copies. Raises ValueError and
-    fid.FIDError as its parts do."""
-    support, reference, other = draw_questions(split, K, num, seed, shared_pool)
-    support_images = split.images[support.to(split.images.device)]  # [S, K, C, H, W]
-    n, began = support.numel(), time.perf_counter()
+    -> {"generated" | "support returned" | "other real images": what fid.compare says, and
+    nearest_support, right_class}, and the recipe. nearest_support: the mean distance to the nearest
+    image of the own support, in features; near zero it copies. Raises ValueError and fid.FIDError
+    as its parts do."""
+    questions = draw_questions(split, K, num, seed, shared_pool)
+    support, reference, other = (split.images[q.to(split.images.device)] for q in questions)
+    first = questions[0][:, 0].contiguous()
+    classes = torch.searchsorted(split.offsets.cpu(), first, right=True)    # [S], from 1
+    n = questions[0].numel()
     say(f"generating {n:,} images, {K} from each of {len(support):,} support sets")
-    made = fsdm.generate(model, support_images, K, seed=seed, **options)
-    say(f"that took {time.perf_counter() - began:.0f} s; now their features")
+    made = fsdm.generate(model, support, K, seed=seed, **options)
 
-    measured = fsdm.Progress("measured", 4 * n)             # real, generated, support, other
+    def measure(images, name):                              # uint8 [S, K, C, H, W] -> fid.Side
+        images = fid.check_images(images.flatten(0, 1).cpu()).split(1)
+        return fid.scan(images, inception, keep=n, name=name)
 
-    def features(images):                                   # uint8 [S, K, C, H, W] -> [S * K, dims]
-        parts = []
-        for some in images.flatten(0, 1).cpu().split(100):
-            parts.append(fid.features(some, inception))
-            measured(len(some))
-        return np.concatenate(parts)
-
-    real = features(split.images[reference.to(split.images.device)])
-    found = {"generated": features(made), "support returned": features(support_images),
-             "other real images": features(split.images[other.to(split.images.device)])}
-    near = torch.from_numpy(found["support returned"]).unflatten(0, support.shape)  # [S, K, dims]
-    classes = torch.searchsorted(split.offsets.cpu(), support[:, 0].contiguous(), right=True)       # [S]
+    real = measure(reference, "references")
+    shown = {"generated": made, "support returned": support, "other real images": other}
+    sides = {name: measure(images, name) for name, images in shown.items()}
+    near = torch.from_numpy(sides["support returned"].kept).unflatten(0, (-1, K))   # [S, K, dims]
     scores = {}
-    for name, x in found.items():
-        kid, spread = fid.kid(real, x)
-        precision, recall = fid.precision_recall(real, x)
-        distance = torch.cdist(torch.from_numpy(x).unflatten(0, support.shape), near).amin(2)
-        scores[name] = dict(
-            fid=fid.frechet_distance(*fid.statistics(real), *fid.statistics(x)), kid=kid,
-            kid_spread=spread, precision=precision, recall=recall,
-            nearest_support=distance.mean().item(), right_class=right_class(x, real, classes))
+    for name, side in sides.items():
+        x = torch.from_numpy(side.kept).unflatten(0, (-1, K))       # [S, K, dims]
+        scores[name] = fid.compare(real, side)
+        scores[name]["nearest_support"] = torch.cdist(x, near).amin(2).mean().item()
+        scores[name]["right_class"] = right_class(side.kept, real.kept, classes)
     protocol = "references share a pool with" if shared_pool else "references disjoint from"
     recipe = dict(k=K, images=n, references=n, seed=seed, protocol=f"{protocol} the supports",
-                  features=fid.RESIZE, dims=inception.dims, fid_weights=inception.weights_sha256)
+                  resize=fid.RESIZE, dims=inception.dims, fid_weights=inception.weights_sha256)
     return scores, recipe | {name: str(value) for name, value in options.items()}
 
 
@@ -200,13 +187,14 @@ def grid(support, samples, scale=2, gap=8):
     """support uint8 [S, K, C, H, W] | samples uint8 [S, n, C, H, W] -> PIL image, a row per set, a
     black bar between."""
     def tiles(images):                                      # [S, n, C, H, W] -> uint8 [S * H, n * W, 3]
-        images = images.cpu().expand(-1, -1, 3, -1, -1).numpy().repeat(scale, 3).repeat(scale, 4)
-        images = np.pad(images, [(0, 0), (0, 0), (0, 0), (1, 1), (1, 1)], constant_values=255)
-        rows = [np.concatenate(list(row), axis=2) for row in images]        # [3, H, n * W] each
-        return np.concatenate(rows, axis=1).transpose(1, 2, 0)
+        images = images.cpu().expand(-1, -1, 3, -1, -1)
+        images = images.repeat_interleave(scale, 3).repeat_interleave(scale, 4)
+        images = torch.nn.functional.pad(images, (1, 1, 1, 1), value=255)
+        return images.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+
     left, right = tiles(support), tiles(samples)
-    bar = np.zeros((len(left), gap, 3), np.uint8)
-    return Image.fromarray(np.concatenate([left, bar, right], 1))
+    bar = torch.zeros(len(left), gap, 3, dtype=torch.uint8)
+    return Image.fromarray(torch.cat([left, bar, right], 1).numpy())
 
 
 def main(argv=None):
@@ -236,7 +224,7 @@ def read_support(paths, shape, prepare=None):
     [S, K, C, H, W] and the names of the sets; K is the number of images in the smallest."""
     folders = [Path(path) for path in paths if os.path.isdir(path)]
     names = [folder.name for folder in folders]
-    sets = [sorted(f for f in folder.iterdir() if not fsdm.hidden(Path(f.name))) for folder in folders]
+    sets = [sorted(f for f in folder.iterdir() if not fsdm.hidden(f.name)) for folder in folders]
     files = [path for path in paths if not os.path.isdir(path)]
     if files:
         names.append("support")
@@ -245,7 +233,7 @@ def read_support(paths, shape, prepare=None):
     if K == 0:
         raise ValueError(f"{folders[sets.index([])]} is an empty folder: pass one with image files")
     if K < max(map(len, sets)):
-        print(f"only the first {K} images of each set are its support: so many has the smallest")
+        print(f"each set uses its first {K} images, as many as the smallest set has")
     pictures = [[fsdm.to_picture(file, *shape, prepare) for file in files[:K]] for files in sets]
     return torch.from_numpy(np.stack(pictures)), names
 
@@ -266,6 +254,19 @@ def crop_to_drawing(image):
     return Image.fromarray(pixels[rows][:, columns]).convert(image.mode)
 
 
+@contextmanager
+def new_folder(path):
+    """Makes a folder of this name, or of another if there is one: before the work, which could else be
+    in vain. Removes it again if nothing has come into it."""
+    out = fsdm.free_name(path)
+    out.mkdir(parents=True)
+    try:
+        yield out
+    finally:
+        with suppress(OSError):                             # it is not empty
+            out.rmdir()
+
+
 def write_images(model, K, args, options):
     """Support from files or a data set -> grid.png, images/ and samples.npz."""
     shape = model.config.image_size, model.config.in_channels
@@ -278,16 +279,14 @@ def write_images(model, K, args, options):
         fsdm.check_data(data, K, [args.split])
         support, names = fsdm.draw_support(data[args.split], args.sets, K, args.seed, SETS)
     support = support.to(model.alpha_bar.device)            # [S, K, C, H, W]
-    out = fsdm.free_name(args.out_dir)
-    (out / "images").mkdir(parents=True)                    # before the work, not to lose it
-    samples = fsdm.generate(model, support, args.num, **options).cpu()
-
-    flat = samples.flatten(0, 1).permute(0, 2, 3, 1).numpy()        # [S * num, H, W, C]
-    for i, image in enumerate(flat):
-        image = image if image.shape[2] == 3 else image[..., 0]
-        Image.fromarray(image).save(out / "images" / f"{i:05d}.png")
-    np.savez(out / "samples.npz", arr_0=flat, labels=np.repeat(names, args.num))
-    grid(support, samples).save(out / "grid.png")
+    with new_folder(args.out_dir) as out:
+        samples = fsdm.generate(model, support, args.num, **options).cpu()
+        flat = samples.flatten(0, 1).permute(0, 2, 3, 1)    # [S * num, H, W, C]
+        (out / "images").mkdir()
+        for i, image in enumerate(flat.squeeze(3).numpy()):         # grey is [H, W] to Pillow
+            Image.fromarray(image).save(out / "images" / f"{i:05d}.png")
+        np.savez(out / "samples.npz", arr_0=flat.numpy(), labels=np.repeat(names, args.num))
+        grid(support, samples).save(out / "grid.png")
     print(f"{out / 'grid.png'} (support | samples), {len(flat)} images in {out / 'images'}, all in "
           "samples.npz")
 
@@ -302,33 +301,21 @@ def write_scores(model, K, args, options):
     data = fsdm.load_data(args.dataset, args.data_dir, config.image_size, config.in_channels,
                           args.download, ("test", "train"))
     report, meanings = {}, dict(test="unseen classes", train="in distribution: training classes")
-    out = fsdm.free_name(args.out_dir)
-    out.mkdir(parents=True)
-    for part, meaning in meanings.items():
-        if not data[part].names:
-            print(f"\n{meaning}: none in this data set")
-            continue
-        split = data[part].to(device)
-        scores, how = evaluate(model, split, inception, args.num, K, args.shared_pool, **options)
-        report[part], n = dict(scores, recipe=how), how["images"]
-        print(f"\n{meaning}, K = {K}, {n:,} images against {n:,} references, {how['protocol']}, "
-              f"dims {args.fid_dims}\n{table(scores)}", flush=True)
-        if n < 2048:
-            print(f"FID at {n:,} images is mostly bias (fid.py says how much): compare KID, or the "
-                  "rows of one table")
-        (out / "scores.json").write_text(json.dumps(dict(report, recipe=recipe), indent=1))
+    with new_folder(args.out_dir) as out:
+        for part, meaning in meanings.items():
+            if not data[part].names:
+                print(f"\n{meaning}: none in this data set")
+                continue
+            split = data[part].to(device)
+            scores, how = evaluate(model, split, inception, args.num, K, args.shared_pool, **options)
+            report[part], n = dict(scores, recipe=how), how["images"]
+            print(f"\n{meaning}, K = {K}, {n:,} images against {n:,} references, {how['protocol']}, "
+                  f"dims {args.fid_dims}\n{table(scores)}", flush=True)
+            for note in scores["generated"]["notes"]:
+                print(f"note: {note}")
+            (out / "scores.json").write_text(json.dumps(dict(report, recipe=recipe), indent=1))
     print(f"\n{out / 'scores.json'} holds the scores with their recipe")
 
 
 if __name__ == "__main__":
-    if sys.stdout is not None:                              # names may be in any script
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        main()
-    except (ValueError, OSError, fid.FIDError, torch.OutOfMemoryError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            error = "out of memory: lower --batch_size"
-        print(f"sample.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    fsdm.run(main, "lower --batch_size")

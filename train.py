@@ -38,8 +38,8 @@ from fsdm import FSDM, PICTURE, TRAINING, VALIDATION, Config, autocast, rng, say
 # ---- The command line: every field of Run is a flag, and so is every field of Config.
 # What is None here takes its value from the recipe of the preset, if that has it.
 
-PATIENCE = 50                           # gradients in a row that may be not finite, seen at log lines
-SAVE_SECONDS = 300                      # at most so long between two checkpoints
+PATIENCE = 50                           # gradients in a row that are not finite end the run
+SAVE_SECONDS = 300                      # most seconds between two checkpoints
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Run:
     dataset: str = None             # glyphs, cifar100, omniglot, mnist, celeba, a folder or an .npz
     data_dir: str = "data"          # where torchvision's files of a named data set lie
     download: bool = False          # fetch a named data set when it is not in data_dir
-    out_dir: str = None             # for checkpoint, log and pictures; runs/ and the preset's name
+    out_dir: str = None             # for checkpoint, log and pictures; runs/PRESET if left out
     resume: str = None              # a checkpoint to go on from when out_dir has none
     init: str = None                # a checkpoint whose weights and shape a new run begins with
     restart: bool = False           # begin anew; an old run in out_dir is moved aside
@@ -62,8 +62,8 @@ class Run:
     grad_clip: float = 1.0          # largest norm of the whole gradient
     kl_weight: float = 1e-6         # of a variational context's KL in the loss
     ema_decay: float = None         # of the averaged weights, after their warm-up
-    max_steps: int = None           # no limit with max_hours alone; 0: the table of sizes
-    max_hours: float = None         # end, with all saved, so many hours after the start of this command
+    max_steps: int = None           # no limit with max_hours alone; 0: only print the sizes
+    max_hours: float = None         # after so many hours this command has saved all and ended
     log_interval: int = None        # steps between log lines; half a minute at most
     save_interval: int = None       # steps between pictures; it saves every 5 minutes too
     num_eval_batches: int = 10      # batches of unseen classes in a validation
@@ -74,10 +74,9 @@ class Run:
     fid_dims: Literal[64, 192, 768, 2048] = 2048            # features of Inception to compare
     debug: bool = False             # log norms of the context and of gradients as debug/...
     use_wandb: bool = False         # log to wandb.ai too
-    context_channels: int = None    # a second name of hdim, VFSDDPM's
     seed: int = 0                   # of weights, batches, noise and pictures
     device: str = "auto"            # auto, cpu, cuda, cuda:1 or mps
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"     # of the products
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"     # of matrix products
     no_compile: bool = False        # run the step eagerly: slower, but it starts at once
 
 
@@ -97,50 +96,38 @@ RECIPES = {
 
 
 def parse_args(argv=None):
-    """-> (a namespace of Run's fields, Config). Exits with code 2 and one sentence when a value makes
-    no sense."""
+    """-> (a namespace of Run's fields, Config). When a value makes no sense it exits with code 2 or
+    raises ValueError or OSError, with one sentence."""
     p = fsdm.make_parser(__doc__, Run)
     fsdm.add_flags(p, Config, "reference: ")
+    p.add_argument("--context_channels", dest="hdim", type=int, help="VFSDDPM's name of --hdim")
     args = p.parse_args(argv)
     given = {name for name, value in vars(args).items() if value is not None}
-    if {"hdim", "context_channels"} <= given and args.hdim != args.context_channels:
-        p.error(f"--hdim {args.hdim} and --context_channels {args.context_channels} are two names "
-                "of one width")
-    if "hdim" not in given:
-        args.hdim = args.context_channels
     if args.restart and args.resume:
         p.error("--restart begins anew and --resume goes on: pass one of them")
 
     # VFSDDPM's command lines name the whole model and no preset
-    args.preset = args.preset or ("reference" if "hidden_size" in given else "demo")
-    recipe = dict(RECIPES[args.preset], out_dir=f"runs/{args.preset}")
+    whole = {"hidden_size", "depth", "hdim"} <= given
+    preset = args.preset or ("reference" if whole else "demo")
+    p.set_defaults(**vars(Run()))
+    p.set_defaults(**RECIPES[preset], preset=preset, out_dir=f"runs/{preset}")
     if given & {"max_steps", "max_hours"}:                  # then the recipe's limits are none
-        recipe.update(max_steps=sys.maxsize, max_hours=None)
-    for defaults in (recipe, vars(Run())):
-        for name, value in defaults.items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
+        p.set_defaults(max_steps=sys.maxsize, max_hours=None)
+    args = p.parse_args(argv)                               # again, now with defaults
 
-    least = dict(batch_size=1, accumulate=1, log_interval=1, save_interval=1, num_eval_batches=1,
-                 num_sample_batches=1, max_steps=0, warmup_steps=0, lr=1e-12, max_hours=1e-12,
-                 grad_clip=1e-12, weight_decay=0, kl_weight=0, ema_decay=0, cooldown=0, seed=0)
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value < math.inf:
-            p.error(f"--{name} is {value}: it must be at least {low}")
-    if max(args.ema_decay, args.cooldown) >= 1:
-        p.error(f"--ema_decay is {args.ema_decay}, --cooldown {args.cooldown}: "
-                "both must be below 1")
+    fsdm.check_least(
+        p, args, batch_size=1, accumulate=1, log_interval=1, save_interval=1, num_eval_batches=1,
+        num_sample_batches=1, max_steps=0, warmup_steps=0, lr=1e-12, max_hours=1e-12,
+        grad_clip=1e-12, weight_decay=0, kl_weight=0, ema_decay=0, cooldown=0, seed=0)
+    if max(args.ema_decay, args.cooldown) > 1:
+        p.error(f"--ema_decay is {args.ema_decay}, --cooldown {args.cooldown}: each is at most 1")
 
-    shape = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}
-    shape = {name: value for name, value in shape.items() if value is not None}
-    try:
-        start = fsdm.PRESETS[args.preset]
-        if args.init:
-            start = dataclasses.asdict(fsdm.load_model(args.init).config)
-        config = Config(**{**start, **shape})
-    except (ValueError, OSError) as error:
-        p.error(str(error))
+    fields = {field.name for field in dataclasses.fields(Config)}
+    shape = {name: getattr(args, name) for name in fields & given}
+    config = Config(**fsdm.PRESETS[args.preset])
+    if args.init:
+        config = fsdm.load_model(args.init).config
+    config = dataclasses.replace(config, **shape)
     if config.hdim < config.hidden_size and config.encoder != "none":
         print(f"warning: hdim {config.hdim} below hidden_size {config.hidden_size} is a bottleneck")
     return args, config
@@ -171,7 +158,7 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(gradient)
             momentum = state["momentum"].lerp_(gradient, (1 - beta) * kept)
-            update = orthogonalize(gradient.lerp(momentum, beta), self.dtype)
+            update = orthogonalize(gradient.lerp(momentum, beta), self.dtype)       # Nesterov's
             update = update * (0.2 * max(gradient.shape[1:]) ** 0.5 * lr * kept)
             for p, change in zip(matrices, update):
                 p.mul_(1 - lr * group["weight_decay"] * kept).sub_(change)
@@ -209,10 +196,12 @@ class AdamW(torch.optim.AdamW):
 
 
 def make_optimizers(model, args, dtype):
-    inside = []
-    if args.optimizer == "muon":
-        inside = [p for name, p in model.named_parameters() if ".blocks." in name and p.ndim == 2]
-    rest = [p for p in model.parameters() if all(p is not q for q in inside)]
+    inside, rest = [], []
+    for name, p in model.named_parameters():
+        if args.optimizer == "muon" and ".blocks." in name and p.ndim == 2:
+            inside.append(p)
+        else:
+            rest.append(p)
     adamw = AdamW(rest, args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True)
     return [adamw, Muon(inside, args.lr, args.weight_decay, dtype)] if inside else [adamw]
 
@@ -230,7 +219,7 @@ def draw_batch(split, sets, config, generator):
     noise = torch.randn(images.shape, generator=generator, device=device)
     context_noise = None
     if config.mode_context == "variational":
-        shape = (sets, *fsdm.context_noise_shape(config, K, K))
+        shape = (sets, *fsdm.context_noise_shape(config, K))
         context_noise = torch.randn(shape, generator=generator, device=device)
     return images, sees, t, noise, context_noise
 
@@ -259,7 +248,6 @@ class Training:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         # since the last log line: the sums of loss, KL and gradient norm, steps kept, steps skipped
         self.totals = torch.zeros(5, device=device)
-        self.norm = torch.zeros((), device=device)          # of the last gradient, before clipping
 
     def step(self, batches, lr, step):
         """Updates the model by the mean gradient of `args.accumulate` batches. Waits for no GPU."""
@@ -348,8 +336,8 @@ class Training:
             raise
         except Exception as error:      # what is no checkpoint fails in many ways
             reason = textwrap.shorten(str(error), 200)
-            raise ValueError(f"{path} cannot be resumed: {reason} (a model to hand on, its weights "
-                             "alone, is for --init)") from None
+            raise ValueError(f"{path} cannot be resumed: {reason} (a file of weights "
+                             "alone is for --init)") from None
 
     def load_weights(self, path):
         """Begins with the averaged weights of a checkpoint. ValueError when its shapes are others."""
@@ -378,10 +366,10 @@ def parameter_table(model):
 def validate(model, split, sets, batches, seed, dtype):
     """Loss on unseen classes with fixed sets, times and noise, and the context gain: how much larger
     the loss is when each set is generated from the context of another class (None when there is only
-    one); and that gain for each fifth of the times, low t first."""
+    one)."""
     config, device = model.config, split.images.device
-    K, shape = config.sample_size, split.images.shape[1:]
-    own, other, times = [], [], []                          # errors and times, [B, K] of every batch
+    K = config.sample_size
+    own, other = [], []                                     # errors [B, K] of every batch
     for i in range(batches):
         generator = rng(device, seed, VALIDATION, i)
         classes, others = fsdm.draw_classes(split, sets, generator)
@@ -389,20 +377,14 @@ def validate(model, split, sets, batches, seed, dtype):
         support = split.images[fsdm.draw_sets(split, others, K, generator)]
         sees = fsdm.leave_one_out(sets, K, generator)
         t = torch.randint(config.diffusion_steps, (sets, K), generator=generator, device=device)
-        noise = torch.randn(sets, K, *shape, generator=generator, device=device)
+        noise = torch.randn(images.shape, generator=generator, device=device)
         with autocast(device, dtype):
             own.append(model(images, sees, t, noise)[0])
             other.append(model(images, sees, t, noise, support=support)[0])
-        times.append(t)
 
-    loss = torch.stack(own).cpu()
-    fifth = torch.stack(times).cpu() * 5 // config.diffusion_steps
-    found = dict(val_loss=loss.mean().item(), context_gain=None)
-    if len(split.names) > 1:
-        gain = torch.stack(other).cpu() - loss
-        found["context_gain"] = gain.mean().item()
-        found["context_gain_by_noise"] = [gain[fifth == i].mean().item() for i in range(5)]
-    return found
+    loss = torch.stack(own).mean().item()
+    gain = torch.stack(other).mean().item() - loss
+    return dict(val_loss=loss, context_gain=gain if len(split.names) > 1 else None)
 
 
 @torch.no_grad()
@@ -410,10 +392,10 @@ def diagnostics(training, batch):
     """Is the context used, do gradients vanish? -> {"debug/...": number}: of the context vectors of a
     batch, and norms of the last gradient as it was before clipping."""
     model, (images, sees, *_) = training.model, batch
-    shrunk = (training.norm / training.args.grad_clip).clamp(min=1)
+    unclip = (training.norm / training.args.grad_clip).clamp(min=1)
 
     def norm(part):
-        return torch.stack([p.grad.norm() for p in part.parameters()]).norm() * shrunk
+        return torch.stack([p.grad.norm() for p in part.parameters()]).norm() * unclip
 
     found = {"dit_grad_norm": norm(model.denoiser)}
     for i, block in enumerate(model.denoiser.blocks[:3]):
@@ -446,7 +428,7 @@ def look(training, split, step, sets, inception, log):
                                              seed=args.seed, dtype=dtype, **options)
             found |= dict(few_shot=scores, few_shot_recipe=dict(recipe, split="val", weights="ema"))
             say(sample.table(scores))
-        except (ValueError, fid.FIDError) as error:
+        except ValueError as error:
             say(f"no few-shot scores: {error}")
     gain = found["context_gain"]
     gain = "not measured, which needs two classes" if gain is None else f"{gain:.4f}"
@@ -456,15 +438,14 @@ def look(training, split, step, sets, inception, log):
 
 class Log:
     """Prints, and appends every record to log.jsonl. It begins with the lines of the earlier log up
-    to the step of the checkpoint that the run goes on from. Without a path it only prints."""
+    to the step of the checkpoint that the run goes on from."""
     def __init__(self, path, step=0, earlier=None, wandb=None):
         self.path, self.wandb, self.torn = path, wandb, ""
-        if path is None:
-            return
         lines = []
         if step and earlier.exists():
             lines = earlier.read_text(errors="replace").splitlines()
         kept = "".join(f"{line}\n" for line in lines if self.step_of(line) <= step)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file: file.write(kept.encode()))
         self.inode = path.stat().st_ino
 
@@ -479,8 +460,6 @@ class Log:
         say(sentence)
         if self.wandb is not None:
             self.wandb.log(record, step=record["step"])
-        if self.path is None:
-            return
         # JSON has no NaN
         record = json.loads(json.dumps(record), parse_constant=lambda name: None)
         try:
@@ -495,7 +474,9 @@ class Log:
 
 
 def start_wandb(args):
-    """-> wandb with a run begun. Raises ValueError when there is none."""
+    """-> wandb with a run begun, or None if not asked for. Raises ValueError when there is none."""
+    if not args.use_wandb:
+        return None
     try:
         import wandb
         wandb.init(project="fsdm", name=args.out_dir, config=vars(args))
@@ -505,7 +486,7 @@ def start_wandb(args):
                          "out)") from None
 
 
-def load_inception(args, device):
+def inception_or_none(args, device):
     """-> the network that fid.py measures with, or None, said once, when there are no weights."""
     try:
         return fid.load_inception(args.fid_weights, args.fid_dims, str(device))
@@ -566,17 +547,17 @@ def load_data(args, config, rank):
 
 def begin(training, out, args, rank):
     """-> (the step to go on from, 0 for a new run, and the checkpoint that it was read from)."""
-    ckpt = source = out / "ckpt.pt"
-    if args.restart and rank == 0 and ckpt.exists():
+    source = out / "ckpt.pt"
+    if args.restart and rank == 0 and source.exists():
         print(f"the run that was in {out} is now in {out.rename(fsdm.free_name(out))}")
     wait_for_all()                                          # now each sees the same out_dir
-    if args.resume and not ckpt.exists():
-        source = Path(args.resume)
     if not source.exists() and not args.resume:
         if args.init:
             training.load_weights(args.init)
             print(f"beginning with the averaged weights of {args.init}")
         return 0, source
+    if not source.exists():
+        source = Path(args.resume)
     step = training.load(source)
     print(f"going on from {source} at step {step:,}")
     return step, source
@@ -588,7 +569,7 @@ def listen_for_stop():
 
     def ask(*_):
         stop.append(True)
-        say("stopping after this step, with all saved")
+        say("stopping after this step; everything is saved first")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask)
@@ -629,20 +610,18 @@ def main(argv=None):
     if world > 1:
         training.net = DistributedDataParallel(model, broadcast_buffers=False)
     if compiled:
+        print("the first step compiles, in silence (if that fails: --no_compile)")
         fsdm.compile_in_place(model, dtype)
 
-    # what the run leaves behind
-    inception, log, ckpt = None, Log(None), out / "ckpt.pt"
+    # what the run leaves behind; only the first process writes
+    ckpt = out / "ckpt.pt"
     if rank == 0:
-        inception = load_inception(args, device) if args.compute_fid else None
-        wandb = start_wandb(args) if args.use_wandb else None
-        out.mkdir(parents=True, exist_ok=True)
-        log = Log(out / "log.jsonl", step, source.with_name("log.jsonl"), wandb)
-    log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.batch_size} sets of "
-        f"{config.sample_size} images a step"
-        f"{'; the first compiles, in silence (if that fails: --no_compile)' * compiled}",
-        step=step, args=vars(args), config=dataclasses.asdict(config), device=str(device),
-        processes=world, dtype=str(dtype), compiled=compiled, torch=torch.__version__)
+        inception = inception_or_none(args, device) if args.compute_fid else None
+        log = Log(out / "log.jsonl", step, source.with_name("log.jsonl"), start_wandb(args))
+        log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.batch_size} sets of "
+            f"{config.sample_size} images a step",
+            step=step, args=vars(args), config=dataclasses.asdict(config), device=str(device),
+            processes=world, dtype=str(dtype), compiled=compiled, torch=torch.__version__)
     stop = listen_for_stop()
 
     def batches(step):
@@ -651,7 +630,7 @@ def main(argv=None):
             generator = rng(device, args.seed, TRAINING, step, part)
             yield draw_batch(data["train"], sets, config, generator)
 
-    first, begun, progress = step, step / args.max_steps, step / args.max_steps
+    first, progress = step, step / args.max_steps
     line_at = saved_at = time.perf_counter()
     line_step, streak, save_seconds = step, 0, 12.0         # the longest save; at first a guess
     while progress < 1:
@@ -664,23 +643,24 @@ def main(argv=None):
             line_at, line_step = time.perf_counter(), step  # compiling is not training speed
 
         # how much of the run is done: of its steps or of its time, whichever is more
-        elapsed = time.perf_counter() - started
-        pace = (time.perf_counter() - line_at) / max(1, step - line_step)
+        now = time.perf_counter()
+        elapsed = now - started
+        pace = (now - line_at) / max(1, step - line_step)
         limit = args.max_hours * 3600 - 1.5 * save_seconds - pace if args.max_hours else math.inf
-        shown = step % args.save_interval == 0
-        due = shown or time.perf_counter() - saved_at > SAVE_SECONDS
-        over = stop or elapsed + due * save_seconds > limit     # no time for this save and the last
+        picture_due = step % args.save_interval == 0
+        save_due = picture_due or now - saved_at > SAVE_SECONDS
+        over = stop or elapsed + save_due * save_seconds > limit    # no time for this and the last save
         progress = largest(1 if over else max(step / args.max_steps, elapsed / limit))
 
         # log
-        told = step % args.log_interval == 0 or time.perf_counter() - line_at > 30
-        if rank == 0 and told and step > line_step:
+        log_due = step % args.log_interval == 0 or now - line_at > 30
+        if rank == 0 and log_due and step > line_step:
             *means, kept, skipped = training.totals.tolist()        # this waits for the GPU
             loss, kl, norm = (total / kept if kept else math.nan for total in means)
             streak = 0 if kept else streak + skipped
             images = (step - line_step) * args.batch_size * config.sample_size
             rate = images / (time.perf_counter() - line_at)
-            left = elapsed * (1 - progress) / (progress - begun) / 60
+            left = elapsed / (progress - first / args.max_steps) * (1 - progress) / 60
             said = f"step {step:>7,}  loss {loss:.4f}  {rate:,.0f} images/s  {left:,.0f} min left"
             said += f"  KL {kl:.2f}" if kl else ""
             said += f"  {skipped:.0f} steps skipped: not finite" if skipped else ""
@@ -696,17 +676,17 @@ def main(argv=None):
 
         # save, and look
         began, last = time.perf_counter(), progress >= 1
-        if rank == 0 and (due or last):
+        if rank == 0 and (save_due or last):
             try:
                 training.save(ckpt, step)
-                if shown or last:
+                if picture_due or last:
                     look(training, data["val"], step, sets, inception, log)
             except OSError as error:
                 if last:
                     raise
                 log(f"step {step:>7,}  checkpoint or picture not written: {error}; the last {ckpt} is "
                     "whole and training goes on", step=step)
-        if due:
+        if save_due:
             saved_at = time.perf_counter()
             save_seconds = max(save_seconds, saved_at - began)
             line_at += saved_at - began                     # saving is not training speed either
@@ -718,18 +698,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if sys.stdout is not None:                              # names may be in any script
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        main()
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            error = ("out of memory: lower --batch_size or raise --accumulate; the last checkpoint "
-                     "is whole")
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:                               # later, the loop ends by itself
-        print("train.py: stopped before the first step: no checkpoint is changed", file=sys.stderr)
-        sys.exit(130)
+    fsdm.run(main, "lower --batch_size or raise --accumulate; the last checkpoint is whole")
     if dist.is_initialized():
         dist.destroy_process_group()

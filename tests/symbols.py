@@ -150,11 +150,11 @@ def read_glyphs(count, train=1000, held_out=200):
     """-> as read_classes, at least `count` glyphs to train on: those of fsdm.glyphs and, after the held out ones that
     validate and test there, as many new ones as are missing."""
     classes = (train, held_out, max(0, count - train))
-    images, labels, names, keep = fsdm.glyphs(None, SIZE, False, classes, PER_GLYPH)
+    images, labels, names, which = fsdm.glyphs(None, SIZE, False, classes, PER_GLYPH)
     images = images.reshape(len(names), PER_GLYPH, SIZE, SIZE, 3)
     parts = {}, {}
     for c, name in enumerate(names):
-        parts[int(c in keep["val"])][f"glyph/{name}"] = images[c]
+        parts[int(which[c] == "val")][f"glyph/{name}"] = images[c]
     return parts
 
 
@@ -163,7 +163,7 @@ def in_order(symbols):
     between training and validation."""
     symbols = sorted(symbols, key=lambda s: (hashlib.sha1(s.name.encode()).digest(), s.copy))
     while True:
-        cut = len(fsdm.split_background(np.zeros(len(symbols)))["train"])
+        cut = (fsdm.split_background(np.zeros(len(symbols))) == "train").sum()
         if symbols[cut - 1].name != symbols[cut].name:
             return symbols
         del symbols[cut]

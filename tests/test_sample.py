@@ -153,7 +153,7 @@ def test_every_folder_of_the_support_is_a_set_and_loose_files_are_one_more(ckpt,
                  "--steps", "2", "--out_dir", str(tmp_path / "out")])
     saved = np.load(tmp_path / "out" / "samples.npz")
     assert saved["labels"].tolist() == ["red"] * 2 + ["green"] * 2 + ["support"] * 2
-    assert "only the first 2 images of each set" in capsys.readouterr().out
+    assert "each set uses its first 2 images" in capsys.readouterr().out
     grid = np.asarray(Image.open(tmp_path / "out" / "grid.png"))
     assert grid.shape[0] == 3 * 18 and grid[9, 9].tolist() == [255, 0, 0] and grid[27, 9].tolist() == [0, 128, 0]
 
