@@ -33,6 +33,7 @@ import textwrap
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -416,18 +417,20 @@ def scan(images, model, num=None, batch_size=None, keep=5000, name="images"):
 
     moments = Moments()
     kept = []
-    start = time.perf_counter()
+    start = told = time.perf_counter()
 
-    def tell(end):
+    def tell():
         speed = moments.n / (time.perf_counter() - start)
-        print(f"\r{name}: {moments.n} of {n}, {speed:.1f} a second ", end=end, file=sys.stderr, flush=True)
+        with suppress(OSError):                 # nobody reads it, or the disk is full
+            print(f"{name}: {moments.n} of {n}, {speed:.1f} a second", file=sys.stderr, flush=True)
 
     for x in batches(images, model, batch_size):                # [B, D]
         kept.append(x[wanted[moments.n:moments.n + len(x)]])
         moments.update(x)
-        if sys.stderr.isatty():
-            tell(end="")
-    tell(end="\n")
+        if time.perf_counter() - told > 10:
+            tell()
+            told = time.perf_counter()
+    tell()
 
     mu, sigma = moments.result()
     return Side(moments.n, mu, sigma, np.concatenate(kept), unreadable, model.weights_sha256)
@@ -558,9 +561,9 @@ def parse_args(argv=None):
                    help="folder of images, .npz of uint8 images ('arr_0' or 'images') or of statistics")
     p.add_argument("fake", nargs="?",
                    help="the same, for the images to judge; left out with --save_stats")
-    p.add_argument("--dims", type=int, default=2048, choices=Inception.last_layer,
+    p.add_argument("--dims", "--fid_dims", type=int, default=2048, choices=Inception.last_layer,
                    help="features; 2048 is the standard")
-    p.add_argument("--weights",
+    p.add_argument("--weights", "--fid_weights",
                    help="Inception weights; default: torch's hub cache, else a download")
     p.add_argument("--num", type=int,
                    help="measure this many images a side, spread over all; default: all")

@@ -1258,7 +1258,8 @@ def load_model(path, device="cpu", weights="ema"):
 def choose_device(requested="auto"):
     """auto, cpu, cuda, cuda:1, mps -> torch.device. Raises ValueError when it is not here."""
     if requested == "auto":
-        requested = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        requested = "cuda" if torch.cuda.is_available() else mps
     try:
         device = torch.device(requested)
         torch.empty(0, device=device)
@@ -1288,11 +1289,14 @@ def has_kernels(capability, architectures):
 def choose_precision(device, requested="auto"):
     """-> (dtype to multiply in, the reason in words). requested: auto, fp32, bf16 or fp16."""
     dtypes = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+    t4 = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    if t4 and requested == "bf16":                          # computed in software
+        return torch.bfloat16, "as asked for, but this GPU has no bf16: fp16 is several times faster"
     if requested != "auto":
         return dtypes[requested], "as asked for"
+    if t4:
+        return torch.float16, "this GPU has no bf16"
     if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) < (8, 0):       # a T4 computes bf16 in software
-            return torch.float16, "this GPU has no bf16"
         return torch.bfloat16, "this GPU has it"
     if device.type == "cpu":
         fp32 = matmul_rate(device, torch.float32) / 1e9
@@ -1391,6 +1395,6 @@ def check_least(parser, args, **least):
 
 
 def parse_bool(text):
-    if text.lower() not in ("true", "false"):
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise argparse.ArgumentTypeError(f"'{text}': expected True or False")
-    return text.lower() == "true"
+    return text.lower() in ("true", "1", "yes")

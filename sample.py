@@ -110,8 +110,8 @@ def draw_questions(split, K, num, seed, shared_pool=False):
     rounds.sort(key=lambda question: question[0])           # a set of every class, then a second, ...
     rounds = rounds[:max(1, num // K)]
     if len(rounds) * K < 4:
-        raise ValueError(f"{len(rounds)} sets of {K} images are too few to score: raise --num, lower --k "
-                         f"(a class gives a set for every {4 * K} images, and the largest has "
+        raise ValueError(f"{len(rounds)} sets of {K} images are too few to score: ask for more images, for "
+                         f"fewer a set (--k; a class gives a set for every {4 * K}, and the largest has "
                          f"{split.largest}), or add classes")
     _, support, reference, other = zip(*rounds)
     return torch.stack(support), torch.stack(reference), torch.stack(other)
@@ -145,10 +145,11 @@ def evaluate(model, split, inception, num=2000, K=5, shared_pool=False, seed=0, 
     for name, side in sides.items():
         x = torch.from_numpy(side.kept).unflatten(0, (-1, K))       # [S, K, dims]
         scores[name] = fid.compare(real, side)
+        notes = scores[name].pop("notes")                   # the same for all
         scores[name]["nearest_support"] = torch.cdist(x, near).amin(2).mean().item()
         scores[name]["right_class"] = right_class(side.kept, real.kept, classes)
     protocol = "references share a pool with" if shared_pool else "references disjoint from"
-    recipe = dict(k=K, images=n, references=n, seed=seed, protocol=f"{protocol} the supports",
+    recipe = dict(notes=notes, k=K, images=n, references=n, seed=seed, protocol=f"{protocol} the supports",
                   resize=fid.RESIZE, dims=inception.dims, fid_weights=inception.weights_sha256)
     return scores, recipe | {name: str(value) for name, value in options.items()}
 
@@ -311,7 +312,7 @@ def write_scores(model, K, args, options):
             report[part], n = dict(scores, recipe=how), how["images"]
             print(f"\n{meaning}, K = {K}, {n:,} images against {n:,} references, {how['protocol']}, "
                   f"dims {args.fid_dims}\n{table(scores)}", flush=True)
-            for note in scores["generated"]["notes"]:
+            for note in how["notes"]:
                 print(f"note: {note}")
             (out / "scores.json").write_text(json.dumps(dict(report, recipe=recipe), indent=1))
     print(f"\n{out / 'scores.json'} holds the scores with their recipe")

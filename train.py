@@ -38,7 +38,7 @@ from fsdm import FSDM, PICTURE, TRAINING, VALIDATION, Config, autocast, rng, say
 # ---- The command line: every field of Run is a flag, and so is every field of Config.
 # What is None here takes its value from the recipe of the preset, if that has it.
 
-PATIENCE = 50                           # gradients in a row that are not finite end the run
+PATIENCE = 50                           # so many steps, not one finite, seen at log lines, end the run
 SAVE_SECONDS = 300                      # most seconds between two checkpoints
 
 
@@ -100,7 +100,7 @@ def parse_args(argv=None):
     raises ValueError or OSError, with one sentence."""
     p = fsdm.make_parser(__doc__, Run)
     fsdm.add_flags(p, Config, "reference: ")
-    p.add_argument("--context_channels", dest="hdim", type=int, help="VFSDDPM's name of --hdim")
+    p.add_argument("--context_channels", dest="hdim", type=int, help="another name of --hdim, VFSDDPM's; the last one counts")
     args = p.parse_args(argv)
     given = {name for name, value in vars(args).items() if value is not None}
     if args.restart and args.resume:

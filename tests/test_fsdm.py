@@ -563,6 +563,12 @@ def test_an_image_is_the_same_at_every_batch_size_and_whatever_comes_after_it():
         assert len(same.flatten(0, 1).unique(dim=0)) == 12
 
 
+def test_a_model_without_encoder_minds_no_patches_of_one():
+    assert Config(encoder="none", image_size=28, patch_size=4, encoder_patch_size=8).image_size == 28
+    with pytest.raises(ValueError, match="encoder_patch_size 8 does not divide"):
+        Config(encoder="image", image_size=28, patch_size=4, encoder_patch_size=8)
+
+
 def test_guidance_is_a_line_from_the_empty_support_to_the_given_one():
     model = tiny(encoder="image", mode_conditioning="lag", context_dropout=0.1)
     x, support = torch.randn(1, 1, 3, 8, 8) / 4, torch.randn(1, 3, 3, 8, 8)

@@ -1,6 +1,7 @@
 """Claims about the training program, on a model that trains in seconds."""
 import copy
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import fid
 import fsdm
 import kill
 import sample
@@ -430,6 +432,18 @@ def test_missing_inception_weights_are_said_once_and_training_goes_on(glyph_file
     assert capsys.readouterr().out.count("training without --compute_fid") == 1
 
 
+def test_scores_of_unseen_classes_are_in_the_log_though_nobody_can_read_how_far_they_are(glyph_file, tmp_path, monkeypatch):
+    torch.save(fid.Inception(64).state_dict(), tmp_path / "weights.pth")
+    full = io.StringIO()
+    monkeypatch.setattr(full, "write", lambda text: os.write(os.open("/dev/full", os.O_WRONLY), text.encode()))
+    monkeypatch.setattr(sys, "stderr", full)
+    run(glyph_file, tmp_path, "--max_steps", "1", "--compute_fid", "--fid_weights", str(tmp_path / "weights.pth"),
+        "--fid_dims", "64", "--fid_num_samples", "8", "--sample_size", "2")
+    record, = records(tmp_path, "few_shot")
+    assert set(record["few_shot"]) == {"generated", "support returned", "other real images"}
+    assert record["few_shot"]["support returned"]["nearest_support"] == 0 and record["val_loss"] > 0
+
+
 # ---- Looking at the model.
 
 class Copies(torch.nn.Module):
@@ -489,15 +503,16 @@ def test_precision_and_compilation_follow_the_compute_capability(monkeypatch, ca
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     assert fsdm.choose_precision(torch.device("cuda"))[0] == dtype
+    assert ("fp16 is several times faster" in fsdm.choose_precision(torch.device("cuda"), "bf16")[1]) == (capability < (8, 0))
     assert fsdm.choose_compile(torch.device("cuda"))[0] == compiled
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)     # as in torch for Windows
     assert fsdm.choose_compile(torch.device("cuda")) == (False, "no Triton found")
 
 
-@pytest.mark.parametrize("found, chosen", [("cuda", "cuda"), ("mps", "mps"), (None, "cpu")])
-def test_auto_is_what_torch_finds_or_the_cpu(monkeypatch, found, chosen):
-    found = found and torch.device(found)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+@pytest.mark.parametrize("cuda, mps, chosen", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_auto_is_the_gpu_then_apples_then_the_cpu(monkeypatch, cuda, mps, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
     monkeypatch.setattr(torch.version, "cuda", None)
     assert fsdm.choose_device("auto") == torch.device(chosen)
