@@ -1,6 +1,7 @@
 """Draws the support pictures of assets/drawings: invented things in no data set, five drawings each, as by hand.
 
     python tests/drawings.py --out_dir assets/drawings
+    python tests/drawings.py --out_dir pencil --pen anchor_umbrella --each 12     # all as the umbrella is, a data set
 
 A thing is a few strokes in [-1, 1] x [-1, 1], y downwards. Five times a hand draws it: bends the plane a little, lets
 every stroke start and end elsewhere, wobbles; then a pen goes along. Needs numpy and Pillow only.
@@ -68,7 +69,7 @@ PENS = {
     "weeping_comb": ((20, 130, 75), (255, 250, 225), 0.045, 0.0, False),            # a broad pen, cream paper
     "sailing_cart": ((250, 205, 70), (35, 45, 95), 0.035, 0.3, False),              # a crayon, blue paper
 }
-EACH, FINE = 5, 4                                   # drawings of a thing; pixels are drawn FINE times smaller
+FINE = 4                                            # pixels are drawn so many times smaller
 
 
 def along(kind, points, count=120):
@@ -135,12 +136,15 @@ def with_pen(strokes, ink, paper, width, grain, photographed, g):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out_dir", required=True, help="a folder for each thing is made in it")
-    out = Path(p.parse_args(argv).out_dir)
+    p.add_argument("--each", type=int, default=5, help="drawings of a thing (5)")
+    p.add_argument("--pen", choices=PENS, help="draw every thing as this one is drawn")
+    args = p.parse_args(argv)
     for c, (name, strokes) in enumerate(THINGS.items()):
-        (out / name).mkdir(parents=True, exist_ok=True)
-        for i in range(EACH):
+        folder = Path(args.out_dir, name)
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(args.each):
             g = np.random.default_rng([c, i])
-            with_pen(by_hand(strokes, g), *PENS[name], g).save(out / name / f"{i + 1}.png", optimize=True)
+            with_pen(by_hand(strokes, g), *PENS[args.pen or name], g).save(folder / f"{i + 1}.png", optimize=True)
 
 
 if __name__ == "__main__":

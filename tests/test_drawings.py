@@ -58,3 +58,9 @@ def test_the_five_drawings_of_a_thing_differ():
                  for path in sorted((COMMITTED / name).iterdir())]
         apart = [np.abs(a - b).mean() for i, a in enumerate(small) for b in small[:i]]
         assert min(apart) > 3, name
+
+
+def test_one_pen_draws_all_things_as_often_as_asked(tmp_path):
+    drawings.main(["--out_dir", str(tmp_path), "--pen", "anchor_umbrella", "--each", "2"])
+    assert files(tmp_path) == sorted(f"{name}/{i}.png" for name in drawings.THINGS for i in (1, 2))
+    assert all(Image.open(tmp_path / name).mode == "L" for name in files(tmp_path))
