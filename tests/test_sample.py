@@ -237,7 +237,7 @@ def test_the_questions_are_fair():
                                  for q in sample.draw_questions(split, 5, 35, seed=3, shared_pool=True))
     assert support & reference and not reference & other                    # only support and references share a pool
     assert len(sample.draw_questions(split, 2, 1000, seed=0)[0]) == 14      # as many as 20 images a class allow
-    with pytest.raises(ValueError, match="every 24 images"):
+    with pytest.raises(ValueError, match="for every 24"):
         sample.draw_questions(split, 6, 12, seed=0)
 
 
