@@ -50,6 +50,7 @@ from torchvision import datasets
 
 
 # ---- Configuration: all that decides the shape and the meaning of the weights; every checkpoint has it.
+# The comment of a field is the help of its flag.
 
 @dataclass(frozen=True)
 class Config:
@@ -100,7 +101,9 @@ class Config:
             value = getattr(self, name)
             need(value in known, f"{name} is {value!r}: expected one of {list(known)}")
 
-        divisors = dict(patch_size="image_size", num_heads="hidden_size")
+        divisors = {}
+        if self.denoiser == "dit":
+            divisors = dict(patch_size="image_size", num_heads="hidden_size")
         if self.encoder != "none":
             divisors["encoder_patch_size"] = "image_size"
         for part, whole in divisors.items():
@@ -130,7 +133,7 @@ PRESETS = {
     "wide": dict(hidden_size=450, depth=6, num_heads=9, hdim=450),
     # DDPM on MNIST with dilated convolutions, without any support: 4,869,377 parameters
     "mnist": dict(image_size=28, in_channels=1, sample_size=1, denoiser="conv", hidden_size=256,
-                  depth=8, num_heads=1, encoder="none", diffusion_steps=1000),
+                  depth=8, encoder="none", diffusion_steps=1000),
     # our recommendation for one T4
     "t4": dict(FEW_SHOT, hidden_size=384, depth=8, num_heads=6, encoder_depth=4,
                encoder_patch_size=4, hdim=384),
@@ -172,9 +175,8 @@ def modulate(x, shift, scale):
 class Attention(nn.Module):
     """The tokens of an image look at each other and, if there is a context, at its tokens as well.
 
-    The images are the n targets of each set in turn, [B * n, N, D]. keys_values: what the method
-    of that name made of the context of B sets; mask: bool [B, n, M], which of its M tokens a target
-    may look at."""
+    x is [B * n, N, D], the n targets of each of B sets in turn; keys_values [B, M, 2, heads, d] is
+    made of their context by the method of that name; mask, bool [B, n, M]: who may look at what."""
     def __init__(self, width, heads, context_width=None):
         super().__init__()
         self.heads = heads
@@ -401,8 +403,8 @@ class Posterior(nn.Module):
 
 
 def context_noise_shape(config, count):
-    """The shape of a set's noise for a Posterior, with room for `count` targets and their tokens, of
-    which an encoder makes N for each image or for each target."""
+    """The shape of a set's noise for a Posterior: a row for each of `count` targets, or images if these
+    are more, and a row for each of their tokens."""
     tokens = (config.image_size // config.encoder_patch_size) ** 2
     if config.mode_conditioning == "film":
         tokens = 0
@@ -511,8 +513,7 @@ DENOISERS = {"dit": DiT, "conv": DilatedConv}
 def linear_schedule(T):
     """-> alpha_bar, float64 [T]: beta from 1e-4 to 2e-2 at T = 1000 (DDPM, section 4), scaled by
     1000 / T: pure noise at the end at every T."""
-    # unscaled, T = 250 would end at alpha_bar = 0.08: sampling from N(0, I) could never be right;
-    # on the CPU also where load_model builds a model without memory, on the meta device
+    # unscaled, T = 250 would end at alpha_bar = 0.08: sampling from N(0, I) could never be right
     beta = torch.linspace(1e-4, 2e-2, T, dtype=torch.float64, device="cpu") * (1000 / T)
     return (1 - beta.clamp(max=0.999)).cumprod(0)           # clamps only below T = 21
 
@@ -578,7 +579,8 @@ class FSDM(nn.Module):
         self.posterior = Posterior(config.hdim) if variational else None
         self.denoiser = DENOISERS[config.denoiser](config)
         self.prediction = PREDICTIONS[config.prediction]
-        self.alpha_bar64 = SCHEDULES[config.schedule](config.diffusion_steps)       # for samplers, on the CPU
+        # for samplers: on the CPU, even while load_model builds on the meta device
+        self.alpha_bar64 = SCHEDULES[config.schedule](config.diffusion_steps)
         self.register_buffer("alpha_bar", self.alpha_bar64.float(), persistent=False)
 
     def read(self, images, sees, noise=None):
@@ -617,7 +619,7 @@ class FSDM(nn.Module):
         """x [B, 1, C, H, W] at the noise level (t, alpha, sigma), numbers -> the predicted x0,
         clipped to [-1, 1], float32 [B, 1, C, H, W].
 
-        If the context has two targets, the second sees nothing, and with guidance s
+        A context of two targets, of which the second sees nothing, asks for guidance s:
         out = out_empty + s (out_support - out_empty)   (Ho and Salimans 2022)."""
         targets = 1 if context is None else context.vector.shape[1]
         both = x.expand(-1, targets, -1, -1, -1)
@@ -630,8 +632,8 @@ class FSDM(nn.Module):
 
 
 # ---- Samplers: from noise x, of any shape, to x0. denoise(x, t, alpha, sigma) -> the predicted x0;
-# alpha_bar float64 [T]; draw() -> noise like x. Each calls denoise `steps` times, and the last time
-# returns what it said.
+# alpha_bar float64 [T]; draw() -> noise like x. Each calls denoise `steps` times, at falling times from
+# T - 1 to 0, and returns its last answer.
 
 def noise_levels(times, alpha_bar):
     """Sequences of one length -> [(t, alpha, sigma)], numbers."""
@@ -651,10 +653,10 @@ def even_times(alpha_bar, steps):
 def even_log_snr(alpha_bar, steps):
     """-> [(t, alpha, sigma)], evenly spaced in log(alpha / sigma) from t = T - 1 down to 0, and h, the
     step between two. Times may lie between two of the trained ones."""
-    log_snr = alpha_bar.logit().numpy() / 2                 # [T], falling
-    levels, h = np.linspace(log_snr[-1], log_snr[0], steps, retstep=True)
-    times = np.interp(levels, log_snr[::-1], np.arange(len(log_snr))[::-1])
-    alpha_bar = torch.from_numpy(levels * 2).sigmoid()
+    known = alpha_bar.logit().numpy() / 2                   # log(alpha / sigma), [T], falling
+    wanted, h = np.linspace(known[-1], known[0], steps, retstep=True)
+    times = np.interp(wanted, known[::-1], np.arange(len(known))[::-1])
+    alpha_bar = torch.from_numpy(wanted * 2).sigmoid()
     return noise_levels(times, alpha_bar), h
 
 
@@ -742,7 +744,7 @@ def image_noise(seed, stream, numbers, shape, device):
 
 def best_guidance(config):
     """2: its samples are the class that was shown 1.5 times as often as with 1, at the same KID
-    (RESULTS.md). It takes a model that was trained without support now and then."""
+    (assets/RESULTS.md). It takes a model that was trained without support now and then."""
     return 2.0 if config.context_dropout and config.encoder != "none" else 1.0
 
 
@@ -763,7 +765,7 @@ def check_request(model, support, guidance, draw_context):
 # hold no state of a generator, a resumed run draws what the run that never stopped would have drawn,
 # and an image does not depend on the batch that it was made in.
 
-SAMPLING, TRAINING, VALIDATION, PICTURE, EVALUATION, SETS, CONTEXT, GLYPHS = *range(1, 8), 71
+SAMPLING, TRAINING, VALIDATION, PICTURE, EVALUATION, SETS, CONTEXT = range(1, 8)
 
 
 def rng(device, seed, *address):
@@ -810,7 +812,7 @@ def leave_one_out(sets, size, generator, vary=False, dropout=0.0):
     keys = torch.rand(sets, size, size, **where)
     keys = keys.masked_fill(own, 2)     # a target's own image ranks last, so it is never among the seen
     rank = keys.argsort(2).argsort(2)
-    # of twice the range, cut at its end: all the others more than half the time
+    # 1 .. 2 (size - 1), cut at size - 1: more than half of the time all the others
     count = torch.randint(1, max(2, 2 * size - 1), (sets, size, 1), **where)
     count = count.clamp(max=size - 1) if vary else size - 1
     dropped = torch.rand(sets, size, 1, **where) < dropout
@@ -828,8 +830,8 @@ def draw_support(split, sets, size, seed, stream):
 
 
 # ---- Data: a loader(path, size, download) says what there is, without deciding what becomes of it:
-# pictures (files, arrays [H, W] or [H, W, 3], or PIL images), their labels int [pictures], the names of
-# all classes, and the part of each, an array of "train", "val", "test" or "none"; or raises ValueError or
+# pictures (files, arrays [H, W] or [H, W, 3], or PIL images), labels int [pictures], the names of all
+# classes, and which part each is, an array of "train", "val", "test" or "none"; or raises ValueError or
 # OSError with a sentence. load_data makes Splits of it.
 
 def split_by_name(names):
@@ -874,7 +876,7 @@ def glyphs(path, size, download, classes=(1000, 100, 100), per_class=20):
     count, images = sum(classes), []
     lattice = [(x, y) for x in (-0.55, 0, 0.55) for y in (-0.6, 0, 0.6)]    # in [-1, 1] x [-1, 1]
     for c in range(count):
-        g = np.random.default_rng([GLYPHS, c])
+        g = np.random.default_rng([71, c])                  # of this class
         # two to four strokes from one node of a lattice to another, bent sideways in the middle
         ends = np.stack([g.choice(lattice, 2, replace=False) for _ in range(g.integers(2, 5))])
         ends = ends + g.uniform(-0.12, 0.12, ends.shape)
@@ -1196,7 +1198,8 @@ def to_square(image, size, channels, prepare=None):
 def write_whole(path, save):
     """Calls save(file) on a temporary file and gives it the name `path` when all is in it.
 
-    Raises OSError when it cannot be written, as on a full disk; then nothing is left of it."""
+    Raises OSError when it cannot be written, as on a full disk, and leaves nothing; a kill may leave
+    the temporary file, path.tmp."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1289,12 +1292,12 @@ def has_kernels(capability, architectures):
 def choose_precision(device, requested="auto"):
     """-> (dtype to multiply in, the reason in words). requested: auto, fp32, bf16 or fp16."""
     dtypes = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
-    t4 = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
-    if t4 and requested == "bf16":                          # computed in software
+    no_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)      # as a T4
+    if no_bf16 and requested == "bf16":                     # computed in software
         return torch.bfloat16, "as asked for, but this GPU has no bf16: fp16 is several times faster"
     if requested != "auto":
         return dtypes[requested], "as asked for"
-    if t4:
+    if no_bf16:
         return torch.float16, "this GPU has no bf16"
     if device.type == "cuda":
         return torch.bfloat16, "this GPU has it"

@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
+from scipy.ndimage import distance_transform_edt
 
 import fid
 import fsdm
@@ -40,7 +41,7 @@ class Request:
     download: bool = False          # fetch a named data set when it is not in data_dir
     sets: int = 8                   # support sets to take from the data set
     k: int = None                   # support images a set; one less than the model's sample_size
-    crop: bool = False              # cut files of --support to what is drawn on them; True without --ckpt
+    crop: bool = False              # cut files of --support to what is drawn, thicken a thin pen; True without --ckpt
     num: int = None                 # images for each support set (8); with --evaluate in all (2000)
     sampler: Literal[tuple(fsdm.SAMPLERS)] = "2m_sde"       # ddpm in 250 steps is as good, and slow
     steps: int = 20                 # evaluations of the network per image
@@ -64,6 +65,10 @@ def parse_args(argv=None):
     p.add_argument("--support", nargs="+",
                    help="image files of one thing: generate more of it; a folder is a set of its own")
     args = p.parse_args(argv)
+    if args.dataset and args.crop:
+        p.error("--crop is for the files of --support")
+    if args.shared_pool and not args.evaluate:
+        p.error("--shared_pool belongs to --evaluate")
     if not args.dataset and (args.k or args.sets):
         p.error("--k and --sets belong to --dataset; the files of --support are the sets")
     if args.evaluate and (args.split or args.sets):
@@ -84,7 +89,7 @@ def parse_args(argv=None):
         p.error(f"--eta belongs to --sampler ddim, not to {args.sampler}")
     if args.eta is not None and not 0 <= args.eta <= 1:
         p.error(f"--eta is {args.eta}: expected 0, no noise, to 1, as much as ddpm")
-    fsdm.check_least(p, args, sets=1, num=1, steps=1, batch_size=1, k=1, seed=0)
+    fsdm.check_least(p, args, sets=1, num=1, steps=1, batch_size=1, k=1, seed=0, guidance=0)
     return args
 
 
@@ -97,23 +102,24 @@ def draw_questions(split, K, num, seed, shared_pool=False):
 
     -> three int64 [S, K], indices into split.images, S = num / K or as many as the classes allow; a
     function of the seed and the split only. Raises ValueError when these are fewer than 4 images."""
-    generator, rounds = rng("cpu", seed, EVALUATION), []
+    generator, questions = rng("cpu", seed, EVALUATION), []
     for c in torch.randperm(len(split.names), generator=generator).tolist():
         first, end = split.offsets[c:c + 2].tolist()
         images = first + torch.randperm(end - first, generator=generator)
+        # drawn in both protocols, which so have the same supports
         again = first + torch.randperm(end - first, generator=generator)
         half, sets = len(images) // 2, len(images) // (4 * K)
         support = images[:half].split(K)
         real = (again if shared_pool else images[half:]).split(K)
         for r in range(sets):
-            rounds.append((r, support[r], real[r], real[sets + r]))
-    rounds.sort(key=lambda question: question[0])           # a set of every class, then a second, ...
-    rounds = rounds[:max(1, num // K)]
-    if len(rounds) * K < 4:
-        raise ValueError(f"{len(rounds)} sets of {K} images are too few to score: ask for more images, for "
+            questions.append((r, support[r], real[r], real[sets + r]))
+    questions.sort(key=lambda question: question[0])        # a set of every class, then a second, ...
+    questions = questions[:max(1, num // K)]
+    if len(questions) * K < 4:
+        raise ValueError(f"{len(questions)} sets of {K} images are too few to score: ask for more images, for "
                          f"fewer a set (--k; a class gives a set for every {4 * K}, and the largest has "
                          f"{split.largest}), or add classes")
-    _, support, reference, other = zip(*rounds)
+    _, support, reference, other = zip(*questions)
     return torch.stack(support), torch.stack(reference), torch.stack(other)
 
 
@@ -240,15 +246,25 @@ def read_support(paths, shape, prepare=None):
 
 
 def crop_to_drawing(image):
-    """A PIL image -> the square around what is drawn, an eighth of it a margin on each side; beyond
-    the paper's edge its last pixels are repeated. Drawn is what differs from its surroundings, not
-    from one colour: light may fall unevenly on the paper."""
-    image.thumbnail((2048, 2048))                           # of a long strip the square would be vast
+    """A PIL image -> the square around what is drawn, a twentieth of it a margin on each side; beyond
+    the paper's edge its last pixels are repeated. A thin pen is made thicker: of a hair's line little
+    would be left at the model's size. Drawn is what differs from its surroundings, not from one
+    colour: light may fall unevenly on the paper."""
+    image.thumbnail((1024, 1024))                           # of a long strip the square would be vast
     pixels = np.asarray(image.convert("RGB"))               # [H, W, 3]
     surroundings = image.convert("RGB").filter(ImageFilter.GaussianBlur(max(image.size) / 8))
     distance = np.abs(pixels.astype(int) - np.asarray(surroundings)).max(2)
-    y, x = np.nonzero(2 * distance >= distance.max())
-    side = 1 + 4 * max(np.ptp(y), np.ptp(x)) // 3
+    drawn = 2 * distance >= distance.max()                  # bool [H, W]
+    y, x = np.nonzero(drawn)
+    extent = max(np.ptp(y), np.ptp(x))
+
+    # a stroke is 1 deep at its edge and, in the mean, half a pixel and a quarter of its width
+    pen = 4 * distance_transform_edt(drawn)[drawn].mean() - 2
+    away, nearest = distance_transform_edt(~drawn, return_indices=True)
+    thicker = 2 * away < 0.07 * extent - pen
+    pixels = np.where(thicker[..., None], pixels[tuple(nearest)], pixels)
+
+    side = 1 + 10 * extent // 9
     top, left = ((along.min() + along.max() - side + 1) // 2 for along in (y, x))
     rows = np.arange(top, top + side).clip(0, image.height - 1)
     columns = np.arange(left, left + side).clip(0, image.width - 1)
@@ -273,7 +289,8 @@ def write_images(model, K, args, options):
     shape = model.config.image_size, model.config.in_channels
     if args.support:
         if args.crop:
-            print("each file is cut to what is drawn on it; --crop false shows it whole")
+            print("each file is cut to what is drawn on it, a thin pen made thicker; --crop false shows it "
+                  "whole")
         support, names = read_support(args.support, shape, crop_to_drawing if args.crop else None)
     else:
         data = fsdm.load_data(args.dataset, args.data_dir, *shape, args.download, [args.split])

@@ -6,9 +6,9 @@
     python train.py --preset t4 --dataset cifar100 --download --max_hours 8.5
     torchrun --standalone --nproc_per_node=2 train.py --preset t4 ...     # two GPUs
 
-Leaves in --out_dir: ckpt.pt, log.jsonl (every number printed, and more), and every --save_interval steps
-samples_<step>.png, classes never trained on, support on the left and samples on the right. The same
-command again goes on from ckpt.pt.
+Leaves in --out_dir: ckpt.pt (every five minutes, before a picture and at the end), log.jsonl (every number
+printed, and more), and every --save_interval steps samples_<step>.png, classes never trained on, support
+on the left and samples on the right. The same command again goes on from ckpt.pt.
 """
 import collections
 import copy
@@ -38,13 +38,13 @@ from fsdm import FSDM, PICTURE, TRAINING, VALIDATION, Config, autocast, rng, say
 # ---- The command line: every field of Run is a flag, and so is every field of Config.
 # What is None here takes its value from the recipe of the preset, if that has it.
 
-PATIENCE = 50                           # so many steps, not one finite, seen at log lines, end the run
+PATIENCE = 50                           # so many skipped in a row end the run, at a log line
 SAVE_SECONDS = 300                      # most seconds between two checkpoints
 
 
 @dataclass
 class Run:
-    preset: Literal[tuple(fsdm.PRESETS)] = None             # shape and recipe to start from
+    preset: Literal[tuple(fsdm.PRESETS)] = None             # shape and recipe to start from (demo)
     dataset: str = None             # glyphs, cifar100, omniglot, mnist, celeba, a folder or an .npz
     data_dir: str = "data"          # where torchvision's files of a named data set lie
     download: bool = False          # fetch a named data set when it is not in data_dir
@@ -65,7 +65,7 @@ class Run:
     max_steps: int = None           # no limit with max_hours alone; 0: only print the sizes
     max_hours: float = None         # after so many hours this command has saved all and ended
     log_interval: int = None        # steps between log lines; half a minute at most
-    save_interval: int = None       # steps between pictures; it saves every 5 minutes too
+    save_interval: int = None       # steps between pictures
     num_eval_batches: int = 10      # batches of unseen classes in a validation
     num_sample_batches: int = 2     # batches of 4 support sets in a picture
     compute_fid: bool = False       # score generated images of unseen classes at every picture
@@ -231,7 +231,7 @@ def learning_rate(peak, step, warmup_steps, progress, cooldown):
 
 
 def average_decay(decay, step):
-    """Of the moving average, step counting from 0: it warms up, so as not to hold on to the random
+    """The moving average's decay, step counting from 0. It warms up, so as not to hold on to the random
     initial weights."""
     return min(decay, (step + 1) / (step + 11))
 
@@ -264,7 +264,8 @@ class Training:
             self.scaler.scale(both[0] + args.kl_weight * both[1]).backward()
             loss += both.detach()                           # .item() here would wait for the GPU
 
-        # clip; a gradient that is not finite is counted, and nothing else comes of it
+        # clip; a gradient that is not finite is counted, and nothing else comes of it: `kept` does what
+        # scaler.step would wait for the GPU to do
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = self.norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
@@ -275,7 +276,7 @@ class Training:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step(kept)
-        self.scaler.update()
+        self.scaler.update()                                # half of it if unscale_ met infinities
 
         # average
         weight = (1 - average_decay(args.ema_decay, step)) * kept
@@ -315,7 +316,8 @@ class Training:
         """Goes on from a checkpoint -> its step. ValueError names the flags that differ."""
         try:
             saved = fsdm.read_checkpoint(path)
-            then = dict(saved["config"], dataset=Path(saved["dataset"]).name,
+            config = Config(**saved["config"])              # today's default for a field that it lacks
+            then = dict(dataclasses.asdict(config), dataset=Path(saved["dataset"]).name,
                         optimizer=saved["optimizer"])
             now = dict(dataclasses.asdict(self.model.config), dataset=Path(self.args.dataset).name,
                        optimizer=self.args.optimizer)
@@ -632,7 +634,8 @@ def main(argv=None):
 
     first, progress = step, step / args.max_steps
     line_at = saved_at = time.perf_counter()
-    line_step, streak, save_seconds = step, 0, 12.0         # the longest save; at first a guess
+    line_step, streak = step, 0
+    save_seconds = 12.0                                     # the longest save; at first a guess
     while progress < 1:
         # step
         lr = learning_rate(args.lr, step, args.warmup_steps, progress, args.cooldown)
@@ -642,14 +645,14 @@ def main(argv=None):
             say(f"the first step took {time.perf_counter() - line_at:.0f} s")
             line_at, line_step = time.perf_counter(), step  # compiling is not training speed
 
-        # how much of the run is done: of its steps or of its time, whichever is more
+        # how much is done, of all steps or of this command's time, in which the last save must fit
         now = time.perf_counter()
         elapsed = now - started
         pace = (now - line_at) / max(1, step - line_step)
         limit = args.max_hours * 3600 - 1.5 * save_seconds - pace if args.max_hours else math.inf
         picture_due = step % args.save_interval == 0
         save_due = picture_due or now - saved_at > SAVE_SECONDS
-        over = stop or elapsed + save_due * save_seconds > limit    # no time for this and the last save
+        over = stop or elapsed + save_due * save_seconds > limit    # or no time for this save
         progress = largest(1 if over else max(step / args.max_steps, elapsed / limit))
 
         # log

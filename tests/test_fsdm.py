@@ -75,6 +75,7 @@ def test_the_mnist_denoiser_is_vfsddpms_and_sees_no_context():
     assert [block.dilation[0] for block in model.denoiser.blocks] == [1, 1, 3, 3, 9, 9, 27, 27]
     with pytest.raises(ValueError, match="time only"):
         Config(denoiser="conv")
+    Config(**fsdm.PRESETS["mnist"] | dict(image_size=27, hidden_size=255))       # it has no patches, and no heads
 
 
 @pytest.mark.parametrize("name", fsdm.PRESETS)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fid
@@ -163,10 +163,25 @@ def test_a_drawing_is_cropped_to_what_is_drawn_wherever_it_lies_and_keeps_its_ma
     image = Image.new("RGB", (200, 100), paper)
     image.paste(ink, (150, 10, 181, 21))                    # 31 x 11 at the edge
     cropped = sample.crop_to_drawing(image)
-    assert cropped.size == (41, 41)
-    drawn = (np.asarray(cropped) == np.asarray(Image.new("RGB", (41, 41), ink))).all(2)
-    assert drawn[15:26, 5:36].all() and drawn.sum() == 31 * 11
+    assert cropped.size == (34, 34)
+    drawn = (np.asarray(cropped) == np.asarray(Image.new("RGB", (34, 34), ink))).all(2)
+    assert drawn[12:23, 2:33].all() and drawn.sum() == 31 * 11
     assert sample.crop_to_drawing(Image.new("L", (30, 30))).mode == "L"     # nothing drawn
+
+
+@pytest.mark.parametrize("ink, paper", (("black", "white"), ("orange", "navy")))
+def test_a_thin_pen_is_made_thick_and_a_thick_one_stays(ink, paper):
+    def share_of_ink(width):
+        image = Image.new("RGB", (300, 300), paper)
+        ImageDraw.Draw(image).rectangle((60, 60, 240, 240), outline=ink, width=width)
+        pixels = np.asarray(sample.crop_to_drawing(image))
+        assert {tuple(p) for p in pixels.reshape(-1, 3)} == {ImageColor.getrgb(ink), ImageColor.getrgb(paper)}
+        return (pixels == ImageColor.getrgb(ink)).all(2).mean()
+
+    outlines = {width: 4 * width * (181 - width) / 201 ** 2 for width in (2, 5, 30)}        # as drawn
+    assert abs(share_of_ink(2) - 4 * 12.6 * 181 / 201 ** 2) < 0.04          # 0.07 of 180 pixels wide
+    assert abs(share_of_ink(5) - share_of_ink(2)) < 0.04 and share_of_ink(5) > 2 * outlines[5]
+    assert share_of_ink(30) == pytest.approx(outlines[30])
 
 
 def test_the_square_around_a_long_strip_is_small():
@@ -179,8 +194,8 @@ def test_uneven_light_is_no_drawing():
     light = np.linspace(110, 210, 200)[:, None] * np.ones(160)              # the shadow is as dark as ink in the light
     light[120:151, 60:71] -= 60
     cropped = sample.crop_to_drawing(Image.fromarray(light.astype(np.uint8)))
-    assert cropped.size == (41, 41)
-    assert np.asarray(cropped)[5:36, 15:26].max() < np.asarray(cropped)[:, :10].min()
+    assert cropped.size == (34, 34)
+    assert np.asarray(cropped)[2:33, 12:23].max() < np.asarray(cropped)[:, :10].min()
 
 
 def test_sets_of_a_data_set_carry_their_labels(ckpt, tmp_path, few_glyphs):

@@ -596,6 +596,15 @@ def test_a_checkpoint_of_an_optimizer_that_was_not_fused_resumes(glyph_file, tmp
     assert kill.same(straight, run(glyph_file, tmp_path / "b", "--max_steps", "4"))
 
 
+def test_a_checkpoint_from_before_a_field_of_config_goes_on_with_its_default(tmp_path):
+    training, _ = begin("--mlp_ratio", "4")
+    training.save(tmp_path / "ckpt.pt", 3)
+    saved = load(tmp_path)
+    del saved["config"]["mlp_ratio"]
+    torch.save(saved, tmp_path / "ckpt.pt")
+    assert training.load(tmp_path / "ckpt.pt") == 3
+
+
 def test_a_resumed_run_takes_the_weight_decay_of_its_flags(glyph_file, tmp_path):
     run(glyph_file, tmp_path, "--max_steps", "2")
     saved = run(glyph_file, tmp_path, "--max_steps", "4", "--weight_decay", "0.5")
