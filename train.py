@@ -413,6 +413,10 @@ def diagnostics(training, batch):
     return {f"debug/{name}": value.item() for name, value in found.items()}
 
 
+def picture_of(step, out_dir):
+    return Path(out_dir, f"samples_{step:07d}.png")
+
+
 def look(training, split, step, sets, inception, log):
     """Shows the averaged weights on unseen classes: loss, context gain, a picture, and few-shot scores
     if asked for."""
@@ -421,7 +425,7 @@ def look(training, split, step, sets, inception, log):
     K, rows = max(1, model.config.sample_size - 1), 4 * args.num_sample_batches
     support, _ = fsdm.draw_support(split, rows, K, args.seed, PICTURE)
     samples = fsdm.generate(model, support, 8, seed=args.seed, dtype=dtype)
-    picture = Path(args.out_dir, f"samples_{step:07d}.png")
+    picture = picture_of(step, args.out_dir)
     write_whole(picture, lambda file: sample.grid(support, samples).save(file, "png"))
     if inception is not None:
         options = dict(sampler="2m_sde", steps=20, guidance=fsdm.best_guidance(model.config))
@@ -605,9 +609,8 @@ def main(argv=None):
     # the model, new or as its checkpoint left it
     training, out = Training(model.to(device), args, dtype), Path(args.out_dir)
     step, source = begin(training, out, args, rank)
-    if step >= args.max_steps:
-        print(f"that is --max_steps {args.max_steps:,} already: pass a larger one (and "
-              "--max_hours) to go on")
+    if step >= args.max_steps and picture_of(step, out).exists():
+        print(f"that is --max_steps {args.max_steps:,} already: a larger one goes on")
         return
     if world > 1:
         training.net = DistributedDataParallel(model, broadcast_buffers=False)
@@ -678,15 +681,13 @@ def main(argv=None):
                                  f"{ckpt} is as it was")
 
         # save, and look
-        began, last = time.perf_counter(), progress >= 1
-        if rank == 0 and (save_due or last):
+        began = time.perf_counter()
+        if rank == 0 and save_due and progress < 1:
             try:
                 training.save(ckpt, step)
-                if picture_due or last:
+                if picture_due:
                     look(training, data["val"], step, sets, inception, log)
             except OSError as error:
-                if last:
-                    raise
                 log(f"step {step:>7,}  checkpoint or picture not written: {error}; the last {ckpt} is "
                     "whole and training goes on", step=step)
         if save_due:
@@ -694,6 +695,9 @@ def main(argv=None):
             save_seconds = max(save_seconds, saved_at - began)
             line_at += saved_at - began                     # saving is not training speed either
 
+    if rank == 0:
+        training.save(ckpt, step)
+        look(training, data["val"], step, sets, inception, log)
     wait_for_all()                                          # nobody leaves before the last save
     more = " with a larger --max_steps" if step >= args.max_steps else ""
     say(f"stopped at step {step:,} after {(time.perf_counter() - started) / 60:.1f} minutes; the same "

@@ -596,6 +596,16 @@ def test_a_checkpoint_of_an_optimizer_that_was_not_fused_resumes(glyph_file, tmp
     assert kill.same(straight, run(glyph_file, tmp_path / "b", "--max_steps", "4"))
 
 
+def test_a_run_that_was_killed_before_its_last_picture_makes_it_and_then_says_that_it_is_done(glyph_file, tmp_path, capsys):
+    run(glyph_file, tmp_path, "--max_steps", "2")
+    (tmp_path / "samples_0000002.png").unlink()
+    for said in ("unseen classes", "a larger one goes on"):
+        capsys.readouterr()
+        saved = run(glyph_file, tmp_path, "--max_steps", "2")
+        assert saved["step"] == 2 and said in capsys.readouterr().out
+        assert (tmp_path / "samples_0000002.png").exists() and len(records(tmp_path, "val_loss")) == 2
+
+
 def test_a_checkpoint_from_before_a_field_of_config_goes_on_with_its_default(tmp_path):
     training, _ = begin("--mlp_ratio", "4")
     training.save(tmp_path / "ckpt.pt", 3)
