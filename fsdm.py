@@ -133,7 +133,7 @@ PRESETS = {
     "wide": dict(hidden_size=450, depth=6, num_heads=9, hdim=450),
     # DDPM on MNIST with dilated convolutions, without any support: 4,869,377 parameters
     "mnist": dict(image_size=28, in_channels=1, sample_size=1, denoiser="conv", hidden_size=256,
-                  depth=8, encoder="none", diffusion_steps=1000),
+                  depth=8, num_heads=1, encoder="none", diffusion_steps=1000),
     # our recommendation for one T4
     "t4": dict(FEW_SHOT, hidden_size=384, depth=8, num_heads=6, encoder_depth=4,
                encoder_patch_size=4, hdim=384),
@@ -632,8 +632,8 @@ class FSDM(nn.Module):
 
 
 # ---- Samplers: from noise x, of any shape, to x0. denoise(x, t, alpha, sigma) -> the predicted x0;
-# alpha_bar float64 [T]; draw() -> noise like x. Each calls denoise `steps` times, at falling times from
-# T - 1 to 0, and returns its last answer.
+# alpha_bar float64 [T]; draw() -> noise like x. Each calls denoise `steps` times, at falling times, the
+# first of them T - 1, and returns its last answer.
 
 def noise_levels(times, alpha_bar):
     """Sequences of one length -> [(t, alpha, sigma)], numbers."""

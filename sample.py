@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import distance_transform_edt, maximum_filter
 
 import fid
 import fsdm
@@ -192,7 +192,7 @@ def table(scores):
 
 def grid(support, samples, scale=2, gap=8):
     """support uint8 [S, K, C, H, W] | samples uint8 [S, n, C, H, W] -> PIL image, a row per set, a
-    black bar between."""
+    red bar between."""
     def tiles(images):                                      # [S, n, C, H, W] -> uint8 [S * H, n * W, 3]
         images = images.cpu().expand(-1, -1, 3, -1, -1)
         images = images.repeat_interleave(scale, 3).repeat_interleave(scale, 4)
@@ -200,7 +200,7 @@ def grid(support, samples, scale=2, gap=8):
         return images.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
 
     left, right = tiles(support), tiles(samples)
-    bar = torch.zeros(len(left), gap, 3, dtype=torch.uint8)
+    bar = torch.tensor([220, 50, 50], dtype=torch.uint8).expand(len(left), gap, 3)
     return Image.fromarray(torch.cat([left, bar, right], 1).numpy())
 
 
@@ -246,29 +246,35 @@ def read_support(paths, shape, prepare=None):
 
 
 def crop_to_drawing(image):
-    """A PIL image -> the square around what is drawn, a twentieth of it a margin on each side; beyond
-    the paper's edge its last pixels are repeated. A thin pen is made thicker: of a hair's line little
-    would be left at the model's size. Drawn is what differs from its surroundings, not from one
-    colour: light may fall unevenly on the paper."""
+    """A PIL image -> the square around what is drawn, with a margin; beyond the paper's edge its last
+    pixels are repeated. Drawn is what differs from its surroundings, not from one colour: light may
+    fall unevenly on the paper."""
     image.thumbnail((1024, 1024))                           # of a long strip the square would be vast
     pixels = np.asarray(image.convert("RGB"))               # [H, W, 3]
     surroundings = image.convert("RGB").filter(ImageFilter.GaussianBlur(max(image.size) / 8))
-    distance = np.abs(pixels.astype(int) - np.asarray(surroundings)).max(2)
-    drawn = 2 * distance >= distance.max()                  # bool [H, W]
+    contrast = np.abs(pixels.astype(int) - np.asarray(surroundings)).max(2)
+    drawn = 2 * contrast >= contrast.max()                  # bool [H, W]
     y, x = np.nonzero(drawn)
     extent = max(np.ptp(y), np.ptp(x))
-
-    # a stroke is 1 deep at its edge and, in the mean, half a pixel and a quarter of its width
-    pen = 4 * distance_transform_edt(drawn)[drawn].mean() - 2
-    away, nearest = distance_transform_edt(~drawn, return_indices=True)
-    thicker = 2 * away < 0.07 * extent - pen
-    pixels = np.where(thicker[..., None], pixels[tuple(nearest)], pixels)
-
     side = 1 + 10 * extent // 9
     top, left = ((along.min() + along.max() - side + 1) // 2 for along in (y, x))
     rows = np.arange(top, top + side).clip(0, image.height - 1)
     columns = np.arange(left, left + side).clip(0, image.width - 1)
-    return Image.fromarray(pixels[rows][:, columns]).convert(image.mode)
+    pixels, contrast, drawn = (cut[rows][:, columns] for cut in (pixels, contrast, drawn))
+    pixels = thicken(pixels, contrast, drawn, 0.035 * extent)
+    return Image.fromarray(pixels).convert(image.mode)
+
+
+def thicken(pixels, contrast, drawn, radius):
+    """Strokes thinner than twice `radius` become so thick: of a hair's line little would be left at the
+    model's size. pixels uint8 [H, W, 3], contrast [H, W], drawn bool [H, W] -> pixels."""
+    depth = distance_transform_edt(drawn)
+    strength = depth * contrast                             # largest in the middle of a stroke
+    middle = drawn & (strength >= maximum_filter(strength, 3))
+    away, nearest = distance_transform_edt(~middle, return_indices=True)
+    nearest = tuple(nearest)
+    thicker = (away < radius) & (depth[nearest] < radius)
+    return np.where(thicker[..., None], pixels[nearest], pixels)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ from fsdm import FSDM, PICTURE, TRAINING, VALIDATION, Config, autocast, rng, say
 # ---- The command line: every field of Run is a flag, and so is every field of Config.
 # What is None here takes its value from the recipe of the preset, if that has it.
 
-PATIENCE = 50                           # so many skipped in a row end the run, at a log line
+PATIENCE = 50                           # so many steps with none kept, seen at log lines, end the run
 SAVE_SECONDS = 300                      # most seconds between two checkpoints
 
 
@@ -316,8 +316,8 @@ class Training:
         """Goes on from a checkpoint -> its step. ValueError names the flags that differ."""
         try:
             saved = fsdm.read_checkpoint(path)
-            config = Config(**saved["config"])              # today's default for a field that it lacks
-            then = dict(dataclasses.asdict(config), dataset=Path(saved["dataset"]).name,
+            known = dataclasses.asdict(Config()) | saved["config"]  # it may be older than a field
+            then = dict(known, dataset=Path(saved["dataset"]).name,
                         optimizer=saved["optimizer"])
             now = dict(dataclasses.asdict(self.model.config), dataset=Path(self.args.dataset).name,
                        optimizer=self.args.optimizer)
@@ -426,7 +426,6 @@ def look(training, split, step, sets, inception, log):
     support, _ = fsdm.draw_support(split, rows, K, args.seed, PICTURE)
     samples = fsdm.generate(model, support, 8, seed=args.seed, dtype=dtype)
     picture = picture_of(step, args.out_dir)
-    write_whole(picture, lambda file: sample.grid(support, samples).save(file, "png"))
     if inception is not None:
         options = dict(sampler="2m_sde", steps=20, guidance=fsdm.best_guidance(model.config))
         try:
@@ -436,6 +435,8 @@ def look(training, split, step, sets, inception, log):
             say(sample.table(scores))
         except ValueError as error:
             say(f"no few-shot scores: {error}")
+    # last, as the sign that all this was done
+    write_whole(picture, lambda file: sample.grid(support, samples).save(file, "png"))
     gain = found["context_gain"]
     gain = "not measured, which needs two classes" if gain is None else f"{gain:.4f}"
     log(f"step {step:>7,}  unseen classes: loss {found['val_loss']:.4f}, context gain {gain}, "

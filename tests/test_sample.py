@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageColor, ImageDraw
+from PIL import Image, ImageColor, ImageDraw, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fid
@@ -184,6 +184,29 @@ def test_a_thin_pen_is_made_thick_and_a_thick_one_stays(ink, paper):
     assert share_of_ink(30) == pytest.approx(outlines[30])
 
 
+def circle(side, at, width, blur=0):
+    image = Image.new("L", (side, side), 255)
+    ImageDraw.Draw(image).ellipse((*at, at[0] + 180, at[1] + 180), outline=0, width=width)
+    return image.filter(ImageFilter.GaussianBlur(blur))
+
+
+def test_a_thickened_pen_has_the_ink_of_the_middle_of_the_stroke_and_never_touches_the_edge():
+    soft = circle(300, (60, 60), 4, blur=2)                                 # the middle is 85, the edges half of that
+    cropped = np.asarray(sample.crop_to_drawing(soft), int)
+    assert np.asarray(soft).min() > 60 and (cropped < np.asarray(soft).min() + 10).mean() > 0.15
+    for at in ((60, 60), (4, 4), (60, 115)):
+        cropped = np.asarray(sample.crop_to_drawing(circle(300, at, 2)))
+        assert (np.concatenate([cropped[[0, -1]], cropped[:, [0, -1]].T]) == 255).all()
+
+
+def test_a_thin_pen_is_made_thick_beside_a_filled_shape_that_stays():
+    image = circle(300, (60, 60), 2)
+    ImageDraw.Draw(image).rectangle((110, 110, 190, 190), 0)
+    cropped = np.asarray(sample.crop_to_drawing(image)) == 0                # begins at 50, 50
+    assert (cropped[60:140, 60:140]).all() and not cropped[40:60, 60:140].any()
+    assert 11 <= cropped[100, :50].sum() <= 14
+
+
 def test_the_square_around_a_long_strip_is_small():
     strip = Image.new("RGB", (60_000, 1))
     strip.paste("white", (0, 0, 30_000, 1))
@@ -231,7 +254,7 @@ def test_the_grid_shows_the_support_left_of_the_bar():
     samples = torch.full((2, 5, 1, 4, 4), 200, dtype=torch.uint8)
     picture = np.asarray(sample.grid(support, samples, scale=1, gap=4))
     left, bar, right = picture[:, :18], picture[:, 18:22], picture[:, 22:]
-    assert picture.shape == (12, 52, 3) and (bar == 0).all()
+    assert picture.shape == (12, 52, 3) and (bar == (220, 50, 50)).all()
     assert set(np.unique(left)) == {50, 255} and set(np.unique(right)) == {200, 255}
 
 
