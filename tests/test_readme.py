@@ -116,13 +116,14 @@ def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path, monkeypatc
     torch.save(fid.Inception(64).state_dict(), "weights.pth")
     for i, path in enumerate(["a.png", "b.jpg", "c.png"] + [
             f"my_drawings/{i}.png" for i in range(5)] + [
-            f"{folder}/{c}/{i}.png" for folder in ("my_photos", "kaggle/input/my-images", "folder_of_real_images",
+            f"{folder}/{c}/{i}.png" for folder in ("my_photos", "pencil", "kaggle/input/my-images", "folder_of_real_images",
                                                    "folder_of_generated_images") for c in range(20) for i in range(8)]):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(images[i]).save(path)
     ran = []
     for command in COMMANDS:
-        words = shlex.split(command.split("&&")[-1].split("#")[0].replace("/kaggle/", "kaggle/"))
+        command = command.replace("/kaggle/", "kaggle/").replace("assets/symbols.pt", "runs/symbols/ckpt.pt")
+        words = shlex.split(command.split("&&")[-1].split("#")[0])
         program = next((name for name in ADDED if any(word.endswith(f"{name}.py") for word in words)), None)
         if program is None:
             continue
