@@ -41,7 +41,7 @@ class Request:
     download: bool = False          # fetch a named data set when it is not in data_dir
     sets: int = 8                   # support sets to take from the data set
     k: int = None                   # support images a set; one less than the model's sample_size
-    crop: bool = False              # cut files of --support to what is drawn, thicken a thin pen; True without --ckpt
+    crop: bool = False              # cut --support to what is drawn, thicken thin pens; True without --ckpt
     num: int = None                 # images for each support set (8); with --evaluate in all (2000)
     sampler: Literal[tuple(fsdm.SAMPLERS)] = "2m_sde"       # ddpm in 250 steps is as good, and slow
     steps: int = 20                 # evaluations of the network per image

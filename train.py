@@ -276,7 +276,7 @@ class Training:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step(kept)
-        self.scaler.update()                                # half of it if unscale_ met infinities
+        self.scaler.update()                                # a smaller scale after infinities
 
         # average
         weight = (1 - average_decay(args.ema_decay, step)) * kept
@@ -317,8 +317,7 @@ class Training:
         try:
             saved = fsdm.read_checkpoint(path)
             known = dataclasses.asdict(Config()) | saved["config"]  # it may be older than a field
-            then = dict(known, dataset=Path(saved["dataset"]).name,
-                        optimizer=saved["optimizer"])
+            then = dict(known, dataset=Path(saved["dataset"]).name, optimizer=saved["optimizer"])
             now = dict(dataclasses.asdict(self.model.config), dataset=Path(self.args.dataset).name,
                        optimizer=self.args.optimizer)
             differ = [f"--{k} {then.get(k)} (now {now[k]})" for k in now if then.get(k) != now[k]]
@@ -425,7 +424,6 @@ def look(training, split, step, sets, inception, log):
     K, rows = max(1, model.config.sample_size - 1), 4 * args.num_sample_batches
     support, _ = fsdm.draw_support(split, rows, K, args.seed, PICTURE)
     samples = fsdm.generate(model, support, 8, seed=args.seed, dtype=dtype)
-    picture = picture_of(step, args.out_dir)
     if inception is not None:
         options = dict(sampler="2m_sde", steps=20, guidance=fsdm.best_guidance(model.config))
         try:
@@ -436,6 +434,7 @@ def look(training, split, step, sets, inception, log):
         except ValueError as error:
             say(f"no few-shot scores: {error}")
     # last, as the sign that all this was done
+    picture = picture_of(step, args.out_dir)
     write_whole(picture, lambda file: sample.grid(support, samples).save(file, "png"))
     gain = found["context_gain"]
     gain = "not measured, which needs two classes" if gain is None else f"{gain:.4f}"
@@ -615,7 +614,7 @@ def main(argv=None):
         return
     if world > 1:
         training.net = DistributedDataParallel(model, broadcast_buffers=False)
-    if compiled:
+    if compiled and step < args.max_steps:
         print("the first step compiles, in silence (if that fails: --no_compile)")
         fsdm.compile_in_place(model, dtype)
 

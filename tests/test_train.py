@@ -596,7 +596,7 @@ def test_a_checkpoint_of_an_optimizer_that_was_not_fused_resumes(glyph_file, tmp
     assert kill.same(straight, run(glyph_file, tmp_path / "b", "--max_steps", "4"))
 
 
-def test_a_run_that_was_killed_before_its_last_picture_makes_it_and_then_says_that_it_is_done(glyph_file, tmp_path, capsys):
+def test_a_run_killed_before_its_last_picture_makes_it_and_then_is_done(glyph_file, tmp_path, capsys):
     run(glyph_file, tmp_path, "--max_steps", "2")
     (tmp_path / "samples_0000002.png").unlink()
     for said in ("unseen classes", "a larger one goes on"):
