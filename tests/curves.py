@@ -40,7 +40,7 @@ def main(ckpt, dataset, weights, num=1000, only=None):
     model = fsdm.load_model(ckpt)
     config = model.config
     split = fsdm.load_data(dataset, "data", config.image_size, config.in_channels, parts=["test"])["test"]
-    dtype, _ = fsdm.choose_precision(torch.device("cpu"))
+    guidance, (dtype, _) = fsdm.best_guidance(config), fsdm.choose_precision(torch.device("cpu"))
     support, reference, classes = draw(split, int(num) // 5)
     inception = fid.load_inception(weights, 768)
     look = lambda images: fid.features(images.flatten(0, 1), inception)
@@ -48,7 +48,7 @@ def main(ckpt, dataset, weights, num=1000, only=None):
 
     def row(name, K, **options):
         began = time.time()
-        images = fsdm.generate(model, split.images[support[:, :K]], 5, dtype=dtype, guidance=1.0, **options)
+        images = fsdm.generate(model, split.images[support[:, :K]], 5, dtype=dtype, guidance=guidance, **options)
         seconds, x = time.time() - began, look(images)
         near = torch.cdist(torch.from_numpy(x).unflatten(0, (-1, 5)), torch.from_numpy(shown).unflatten(0, (-1, 5)))
         print("| {} | {} | {:.5f} | {:.3f} | {:.3f} | {:.3f} | {:.3f} | {:.1f} |".format(
@@ -56,7 +56,7 @@ def main(ckpt, dataset, weights, num=1000, only=None):
             sample.right_class(x, real, classes), len(x) / seconds), flush=True)
         return x
 
-    print(f"{len(real):,} images\n| | K | KID | precision | recall | nearest of 5 | right class | images/s |\n"
+    print(f"{len(real):,} images, guidance {guidance:g}\n| | K | KID | precision | recall | nearest of 5 | right class | images/s |\n"
           "| --- | --- | --- | --- | --- | --- | --- | --- |")
     variety = {"real": spread(real)} | {f"generated from {K}": spread(row("support", K)) for K in (1, 2, 5, 10)}
     if model.posterior is not None:

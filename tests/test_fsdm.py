@@ -570,15 +570,15 @@ def test_a_model_without_encoder_minds_no_patches_of_one():
         Config(encoder="image", image_size=28, patch_size=4, encoder_patch_size=8)
 
 
-def test_guidance_is_a_line_from_the_empty_support_to_the_given_one():
+def test_guidance_is_a_line_from_the_empty_support_to_the_given_one_while_there_is_more_noise_than_image():
     model = tiny(encoder="image", mode_conditioning="lag", context_dropout=0.1)
     x, support = torch.randn(1, 1, 3, 8, 8) / 4, torch.randn(1, 3, 3, 8, 8)
     given, none = torch.ones(1, 1, 3, dtype=torch.bool), torch.zeros(1, 1, 3, dtype=torch.bool)
     a, b = (model.denoiser(x, torch.full((1, 1), 9.5), model.read(support, sees)) for sees in (given, none))
-    out, alpha, sigma = b + 1.7 * (a - b), 0.8, 0.6
     context = model.read(support, torch.cat([given, none], 1))
-    x0 = ((x - sigma * out) / alpha).clamp(-1, 1)
-    assert torch.allclose(model.denoise(x, 9.5, alpha, sigma, context, 1.7), x0, atol=1e-5)
+    for out, alpha, sigma in ((b + 1.7 * (a - b), 0.6, 0.8), (a, 0.8, 0.6)):
+        x0 = ((x - sigma * out) / alpha).clamp(-1.05, 1.05)
+        assert torch.allclose(model.denoise(x, 9.5, alpha, sigma, context, 1.7), x0, atol=1e-5)
     for untrained in (tiny(encoder="image"), tiny(encoder="none", context_dropout=0.1)):
         with pytest.raises(ValueError, match="not trained for it"):
             fsdm.generate(untrained, pictures(1, 1), 1, guidance=2.0)
