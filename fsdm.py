@@ -622,7 +622,7 @@ class FSDM(nn.Module):
 
         A context of two targets, of which the second sees nothing, asks for guidance s:
         out = out_empty + s (out_support - out_empty)   (Ho and Salimans 2022). It leads where there
-        is more noise than image; later it only stains   (Kynkaanniemi et al. 2024)."""
+        is more noise than image; later it stains more than it helps   (Kynkaanniemi et al. 2024)."""
         if context is not None and alpha > sigma:
             context = context._replace(vector=context.vector[:, :1], mask=context.mask[:, :1])
         targets = 1 if context is None else context.vector.shape[1]
@@ -747,7 +747,7 @@ def image_noise(seed, stream, numbers, shape, device):
 
 
 def best_guidance(config):
-    """2: its samples are the class that was shown 1.5 times as often as with 1, at the same KID
+    """2: its samples are the class that was shown 1.4 times as often as with 1, at the same KID
     (assets/RESULTS.md). It takes a model that was trained without support now and then."""
     return 2.0 if config.context_dropout and config.encoder != "none" else 1.0
 

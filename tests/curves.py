@@ -40,7 +40,8 @@ def main(ckpt, dataset, weights, num=1000, only=None):
     model = fsdm.load_model(ckpt)
     config = model.config
     split = fsdm.load_data(dataset, "data", config.image_size, config.in_channels, parts=["test"])["test"]
-    guidance, (dtype, _) = fsdm.best_guidance(config), fsdm.choose_precision(torch.device("cpu"))
+    dtype, _ = fsdm.choose_precision(torch.device("cpu"))
+    guidance = fsdm.best_guidance(config)
     support, reference, classes = draw(split, int(num) // 5)
     inception = fid.load_inception(weights, 768)
     look = lambda images: fid.features(images.flatten(0, 1), inception)
@@ -56,7 +57,8 @@ def main(ckpt, dataset, weights, num=1000, only=None):
             sample.right_class(x, real, classes), len(x) / seconds), flush=True)
         return x
 
-    print(f"{len(real):,} images, guidance {guidance:g}\n| | K | KID | precision | recall | nearest of 5 | right class | images/s |\n"
+    print(f"{len(real):,} images, guidance {guidance:g}\n"
+          "| | K | KID | precision | recall | nearest of 5 | right class | images/s |\n"
           "| --- | --- | --- | --- | --- | --- | --- | --- |")
     variety = {"real": spread(real)} | {f"generated from {K}": spread(row("support", K)) for K in (1, 2, 5, 10)}
     if model.posterior is not None:
