@@ -2,10 +2,11 @@
 
     python tests/likeness.py runs/a/ckpt.pt runs/b/ckpt.pt --dataset omniglot_28.npz --guidance 1 2
 
-Trains the classifier first (five minutes on two cores; kept in --classifier). Unseen characters, the questions of
-sample.draw_questions with K = 5. likeness: the share of samples that it takes for their own character, among those that
-are asked for; distance: Frechet, between its features of samples and of real images. It is quick, and blind to faint noise,
-which Inception sees: adopt nothing before sample.py --evaluate has agreed (KID, precision, right_class).
+Trains the classifier first (five minutes on two cores with bf16, half an hour without; kept in --classifier). Unseen
+characters, the questions of sample.draw_questions, five samples of each. likeness: the share of samples that it takes
+for their own character, among those that are asked for; distance: Frechet, between its features of samples and of real
+images, comparable at one --k and --num only. It is quick, and blind to faint noise, which Inception sees: adopt nothing
+before sample.py --evaluate has agreed (KID, precision, right_class).
 """
 import argparse
 import sys
@@ -19,6 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import fid
 import fsdm
 import sample
+
+
+SAMPLES = 5                                 # of every set
 
 
 def convolutions(channels, width):
@@ -49,8 +53,9 @@ def jitter(images):
     return F.grid_sample(images.float(), places, padding_mode="border", align_corners=False).byte()
 
 
-def train(images, labels, epochs=14, batch=256):
-    """-> a Classifier, trained on nine tenths of the images; how many of the others it names is printed."""
+def train(images, labels, dtype, epochs=14, batch=256):
+    """dtype: to multiply in -> a Classifier, trained on nine tenths of the images; how many of the others it names is
+    printed."""
     torch.manual_seed(0)
     model, held_out = Classifier(int(labels.max()) + 1), torch.rand(len(images)) < 0.1
     some, names = images[~held_out], labels[~held_out]
@@ -58,7 +63,7 @@ def train(images, labels, epochs=14, batch=256):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=epochs * (len(some) // batch))
     for _ in range(epochs):
         for index in torch.randperm(len(some)).split(batch)[:len(some) // batch]:
-            with torch.autocast("cpu", torch.bfloat16):
+            with fsdm.autocast(images.device, dtype):
                 logits = model(jitter(some[index]))[1].float()
             optimizer.zero_grad()
             F.cross_entropy(logits, names[index], label_smoothing=0.1).backward()
@@ -81,11 +86,13 @@ def main(argv=None):
     p.add_argument("ckpts", nargs="+", help="checkpoints of train.py at 28 x 28, grey")
     p.add_argument("--dataset", required=True, help="omniglot_28.npz, whose last classes are the unseen ones")
     p.add_argument("--classifier", default="likeness.pth", help="where the trained classifier is kept")
+    p.add_argument("--k", type=int, default=5, help="support images")
     p.add_argument("--num", type=int, default=600, help="samples")
     p.add_argument("--guidance", type=float, nargs="+", default=[1, 2])
     p.add_argument("--split", default="test", choices=("test", "train"), help="classes never trained on, or the others")
     args = p.parse_args(argv)
 
+    dtype, _ = fsdm.choose_precision(torch.device("cpu"))
     arrays = fsdm.read_npz(args.dataset, ("images", "labels", "class_names"))
     images, labels = torch.from_numpy(arrays["images"])[:, None], torch.from_numpy(arrays["labels"]).long()
     names = arrays["class_names"].astype(str).tolist()
@@ -93,20 +100,22 @@ def main(argv=None):
         model = Classifier(len(names)).eval()
         model.load_state_dict(torch.load(args.classifier, weights_only=True))
     else:
-        model = train(images, labels)
+        model = train(images, labels, dtype)
         fsdm.write_whole(args.classifier, lambda file: torch.save(model.state_dict(), file))
 
     split = fsdm.load_data(args.dataset, None, 28, 1, parts=[args.split])[args.split]
-    support, reference, other = sample.draw_questions(split, 5, args.num, seed=0)
+    sets = args.num // SAMPLES
+    support, reference, other = sample.draw_questions(split, args.k, sets * args.k, seed=0)
     own = torch.searchsorted(split.offsets, support[:, 0].contiguous(), right=True) - 1
     own = torch.tensor([names.index(split.names[c]) for c in own])          # [S]
     asked = own.unique()
     real, _ = judge(model, split.images[reference].flatten(0, 1))
     real = fid.statistics(real.numpy())
 
-    def score(name, made):                                                  # uint8 [S, 5, 1, 28, 28]
+    def score(name, made):                                                  # uint8 [S, any, 1, 28, 28]
         features, logits = judge(model, made.flatten(0, 1))
-        likeness = (asked[logits[:, asked].argmax(1)] == own.repeat_interleave(5)).float().mean()
+        named = asked[logits[:, asked].argmax(1)].view(made.shape[:2])     # [S, any]
+        likeness = (named == own[:, None]).float().mean()
         distance = fid.frechet_distance(*real, *fid.statistics(features.numpy()))
         print(f"{name}: likeness {likeness:.3f} among {len(asked)}, distance {distance:.1f}", flush=True)
 
@@ -114,7 +123,7 @@ def main(argv=None):
     for ckpt in args.ckpts:
         for guidance in args.guidance:
             generator = fsdm.load_model(ckpt)
-            made = fsdm.generate(generator, split.images[support], 5, guidance=guidance, dtype=torch.bfloat16)
+            made = fsdm.generate(generator, split.images[support], SAMPLES, guidance=guidance, dtype=dtype)
             score(f"{ckpt}, guidance {guidance:g}", made)
 
 
