@@ -2,7 +2,7 @@
 
     python tests/likeness.py runs/a/ckpt.pt runs/b/ckpt.pt --dataset omniglot_28.npz --guidance 1 2
 
-Trains the classifier first (five minutes on two cores with bf16, half an hour without; kept in --classifier). Unseen
+Trains the classifier first (five minutes on two cores with bf16, much longer without; kept in --classifier). Unseen
 characters, the questions of sample.draw_questions, five samples of each. likeness: the share of samples that it takes
 for their own character, among those that are asked for; distance: Frechet, between its features of samples and of real
 images, comparable at one --k and --num only. It is quick, and blind to faint noise, which Inception sees: adopt nothing
@@ -114,7 +114,7 @@ def main(argv=None):
 
     def score(name, made):                                                  # uint8 [S, any, 1, 28, 28]
         features, logits = judge(model, made.flatten(0, 1))
-        named = asked[logits[:, asked].argmax(1)].view(made.shape[:2])     # [S, any]
+        named = asked[logits[:, asked].argmax(1)].view(made.shape[:2])      # [S, any]
         likeness = (named == own[:, None]).float().mean()
         distance = fid.frechet_distance(*real, *fid.statistics(features.numpy()))
         print(f"{name}: likeness {likeness:.3f} among {len(asked)}, distance {distance:.1f}", flush=True)
