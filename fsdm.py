@@ -72,6 +72,7 @@ class Config:
     mode_conditioning: str = "film"      # film: the context is a vector; lag: it has tokens as well
     mode_context: str = "deterministic"  # or variational: drawn from a Gaussian held near N(0, I)
     context_dropout: float = 0.0         # share of targets trained without support, for guidance
+    vary_support: bool = False           # train on 1 .. sample_size - 1 of the others, not on all
     diffusion_steps: int = 250           # T
     schedule: str = "linear"             # linear or cosine: how alpha_bar falls with t
     prediction: str = "noise"            # the network's output, a key of PREDICTIONS
@@ -120,8 +121,8 @@ class Config:
 
 
 # what made models use their support: tokens to attend to, and weight on the noisy times
-FEW_SHOT = dict(encoder="image", mode_conditioning="lag", context_dropout=0.1, depthwise_conv=True,
-                fourier_features=True, schedule="cosine", prediction="v")
+FEW_SHOT = dict(encoder="image", mode_conditioning="lag", context_dropout=0.1, vary_support=True,
+                depthwise_conv=True, fourier_features=True, schedule="cosine", prediction="v")
 PRESETS = {
     # learns something worth seeing in 12 minutes on two CPU cores
     "demo": dict(FEW_SHOT, image_size=24, patch_size=4, hidden_size=192, depth=6, num_heads=3,
@@ -806,12 +807,20 @@ def draw_sets(split, classes, size, generator):
     return first + keys.topk(size).indices                  # the largest keys: drawn without repeats
 
 
-def leave_one_out(sets, size, generator, dropout=0.0):
-    """-> bool [sets, size, size]: target i sees all images of its set but its own; dropout: the share of
-    targets that see none."""
-    others = ~torch.eye(size, dtype=torch.bool, device=generator.device)
-    kept = torch.rand(sets, size, 1, generator=generator, device=generator.device) >= dropout
-    return others & kept
+def leave_one_out(sets, size, generator, vary=False, dropout=0.0):
+    """-> bool [sets, size, size]: target i sees image j of its set, and never itself.
+
+    vary: each sees 1 .. size - 1 of the others; dropout: the share of targets that see none."""
+    where = dict(generator=generator, device=generator.device)
+    own = torch.eye(size, dtype=torch.bool, device=generator.device)
+    keys = torch.rand(sets, size, size, **where)
+    keys = keys.masked_fill(own, 2)     # a target's own image ranks last, so it is never among the seen
+    rank = keys.argsort(2).argsort(2)
+    # 1 .. 2 (size - 1), cut at size - 1: more than half of the time all the others
+    count = torch.randint(1, max(2, 2 * size - 1), (sets, size, 1), **where)
+    count = count.clamp(max=size - 1) if vary else size - 1
+    dropped = torch.rand(sets, size, 1, **where) < dropout
+    return (rank < count) & ~dropped
 
 
 def draw_support(split, sets, size, seed, stream):
@@ -1239,7 +1248,6 @@ def load_model(path, device="cpu", weights="ema"):
         state = saved["ema" if weights == "ema" else "model"]
         if not all(tensor.is_contiguous() and tensor.isfinite().all() for tensor in state.values()):
             raise ValueError("a tensor is not finite, or larger than what is stored of it")
-        saved["config"].pop("vary_support", None)           # a field of older checkpoints
         with torch.device("meta"):                          # no memory before the shapes agree
             model = FSDM(Config(**saved["config"]))
         model.load_state_dict(state, strict=True, assign=True)

@@ -214,7 +214,7 @@ def draw_batch(split, sets, config, generator):
     K, device = config.sample_size, split.images.device
     classes, _ = fsdm.draw_classes(split, sets, generator)
     images = split.images[fsdm.draw_sets(split, classes, K, generator)]
-    sees = fsdm.leave_one_out(sets, K, generator, config.context_dropout)
+    sees = fsdm.leave_one_out(sets, K, generator, config.vary_support, config.context_dropout)
     t = torch.randint(config.diffusion_steps, (sets, K), generator=generator, device=device)
     noise = torch.randn(images.shape, generator=generator, device=device)
     context_noise = None

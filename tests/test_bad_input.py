@@ -68,7 +68,7 @@ ROWS = [
     (f"{TRAIN} --diffusion_steps 1", "diffusion_steps is 1"),
     (f"{TRAIN} --hidden_size 999999999", "hidden_size is 999999999"),
     (f"{TRAIN} --hidden_size many", "--hidden_size"),
-    (f"{TRAIN} --depthwise_conv perhaps", "True or False"),
+    (f"{TRAIN} --vary_support perhaps", "True or False"),
     (f"{TRAIN} --batch_size 0", "--batch_size is 0"),
     (f"{TRAIN} --accumulate 3", "multiple of 3"),
     (f"{TRAIN} --max_steps -1", "--max_steps is -1"),

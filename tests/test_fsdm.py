@@ -82,7 +82,7 @@ def test_the_mnist_denoiser_is_vfsddpms_and_sees_no_context():
 def test_every_preset_trains_all_of_its_weights(name):
     config = dataclasses.replace(Config(**fsdm.PRESETS[name]), depth=2, encoder_depth=1)
     images = torch.zeros(1, config.sample_size, config.in_channels, *[config.image_size] * 2, dtype=torch.uint8)
-    sees = fsdm.leave_one_out(1, config.sample_size, fsdm.rng("cpu", 0))
+    sees = fsdm.leave_one_out(1, config.sample_size, fsdm.rng("cpu", 0), config.vary_support)
     model = FSDM(config)
     loss, kl = model(images, sees, torch.zeros(images.shape[:2], dtype=torch.long), torch.randn(images.shape))
     assert loss.shape == kl.shape == images.shape[:2] and loss.isfinite().all() and not kl.any()
@@ -214,12 +214,17 @@ def test_a_variational_context_is_its_mean_or_a_draw_of_its_own_for_every_image(
         fsdm.generate(tiny(), support, 1, draw_context=True)
 
 
-def test_leave_one_out_drops_itself_always_and_all_as_asked():
+def test_leave_one_out_drops_itself_always_and_others_as_asked():
     g, sets, others = fsdm.rng("cpu", 0, 1), 2000, ~torch.eye(6, dtype=torch.bool)
     assert torch.equal(fsdm.leave_one_out(sets, 6, g), others.expand(sets, 6, 6))
-    sees = fsdm.leave_one_out(sets, 6, g, dropout=0.3)
-    assert 0.27 < (~sees.any(2)).float().mean() < 0.33
-    assert torch.equal(sees, others & sees.any(2, keepdim=True))            # all of the others, or none
+    sees = fsdm.leave_one_out(sets, 6, g, vary=True)
+    assert not sees.diagonal(dim1=1, dim2=2).any() and set(sees.sum(2).unique().tolist()) == {1, 2, 3, 4, 5}
+    assert 0.5 < (sees.sum(2) == 5).float().mean() < 0.7                    # all the others more than half the time
+    share, mean = sees.float().mean(0)[others], sees.sum(2).float().mean() / 5
+    spread = (mean * (1 - mean) / sets).sqrt()
+    assert (share - mean).abs().max() < 4.5 * spread                        # no other image is preferred
+    for vary in (False, True):
+        assert 0.27 < (~fsdm.leave_one_out(sets, 6, g, vary, dropout=0.3).any(2)).float().mean() < 0.33
 
 
 def test_under_lag_time_and_self_attention_reach_every_block():
