@@ -1269,9 +1269,9 @@ def choose_device(requested="auto"):
         requested = "cuda" if torch.cuda.is_available() else mps
     try:
         device = torch.device(requested)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = textwrap.shorten(str(error), 160)
         raise ValueError(f"--device {requested} cannot be used here: {reason}") from None
     if device.type == "cuda" and torch.version.cuda:        # not on ROCm
         capability = torch.cuda.get_device_capability(device)

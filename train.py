@@ -613,7 +613,7 @@ def main(argv=None):
         print(f"that is --max_steps {args.max_steps:,} already: a larger one goes on")
         return
     if world > 1:
-        training.net = DistributedDataParallel(model, broadcast_buffers=False)
+        training.net = DistributedDataParallel(model)
     if compiled and step < args.max_steps:
         print("the first step compiles, in silence (if that fails: --no_compile)")
         fsdm.compile_in_place(model, dtype)

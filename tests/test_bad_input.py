@@ -82,6 +82,7 @@ ROWS = [
     (f"{TRAIN} --optimizer sgd", "sgd"),
     (f"{TRAIN} --preset huge", "huge"),
     (f"{TRAIN} --device gpu", "--device gpu"),
+    (f"{TRAIN} --device meta", "--device meta cannot be used here"),
     (f"{TRAIN} --resume gone.pt", "gone.pt"),
     (f"{TRAIN} --init gone.pt", "gone.pt"),
     (f"{TRAIN} --init hostile.pt", "not a checkpoint"),

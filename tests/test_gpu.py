@@ -361,7 +361,7 @@ device, _, _ = train.connect(args.device)
 training, batch = prepare(sys.argv[1:], device, torch.float32)
 if dist.is_torchelastic_launched():
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    training.net = train.DistributedDataParallel(training.model, broadcast_buffers=False)
+    training.net = train.DistributedDataParallel(training.model)
 for step in range(3):
     training.step([batch], 1e-3, step)
 print("backend", dist.get_backend_config() if dist.is_initialized() else None, "loss", training.totals[0].item())
