@@ -368,9 +368,8 @@ class StackedEncoder(nn.Module):
     def forward(self, images, sees):                        # [B, K, C, H, W], [B, n, K]
         B, n, K = sees.shape
         order = (~sees).byte().argsort(dim=2, stable=True)  # [B, n, K], the seen ones first
-        each_set = torch.arange(B, device=images.device)[:, None, None]
-        stack = images[each_set, order]                     # [B, n, K, C, H, W]
-        stack = stack * sees.gather(2, order)[..., None, None, None]
+        stack = images[:, None] * sees[..., None, None, None]       # [B, n, K, C, H, W]
+        stack = stack.take_along_dim(order[..., None, None, None], 2)
         stack = F.pad(stack, (0, 0, 0, 0, 0, 0, 0, self.slots - K))         # [B, n, slots, C, H, W]
         x = self.vit(stack.flatten(2, 3).flatten(0, 1)).unflatten(0, (B, n))        # [B, n, 1 + N, D]
         vector, tokens = x[:, :, 0], x[:, :, 1:]
@@ -716,8 +715,8 @@ def generate(model, support, n, sampler="2m_sde", steps=20, guidance=None, seed=
     S, K, *picture = support.shape
     # with guidance an image is two targets, one that sees its support and one that sees nothing
     targets = 1 if guidance == 1 else 2
-    made, progress = [], Progress("generated", S * n)
-    for numbers in torch.arange(S * n).split(batch_size):
+    made, parts = [], torch.arange(S * n).split(batch_size)
+    for numbers in watched(parts, "generated", S * n, batch_size):
         images = to_signal(support[numbers // n])           # [B, K, C, H, W], each image's own support
         sees = torch.ones(len(images), targets, K, dtype=torch.bool, device=images.device)
         sees[:, 1:] = False
@@ -731,7 +730,6 @@ def generate(model, support, n, sampler="2m_sde", steps=20, guidance=None, seed=
             denoise = partial(model.denoise, context=context, guidance=guidance)
             x = SAMPLERS[sampler](denoise, draw(), model.alpha_bar64, steps, draw, **options)
         made.append(to_bytes(x))
-        progress(len(numbers))
     return torch.cat(made).view(S, n, *picture)
 
 
@@ -913,21 +911,12 @@ def draw_glyph(strokes, ink, paper, size, g):
     return np.array(canvas.reduce(4))                       # antialiased
 
 
-def both_files(source, path, download):
-    """torchvision's class for small arrays -> images, labels, names: its train and test files."""
+def small_arrays(source, split, path, size, download):
+    """The train and test files of `source`, a class of torchvision, together."""
     train, test = (source(path, part, download=download) for part in (True, False))
     images = np.concatenate([train.data, test.data])
-    return images, np.concatenate([train.targets, test.targets]), train.classes
-
-
-def cifar100(path, size, download):
-    images, labels, names = both_files(datasets.CIFAR100, path, download)
-    return images, labels, names, split_fc100(names)
-
-
-def mnist(path, size, download):
-    images, labels, names = both_files(datasets.MNIST, path, download)
-    return images, labels, names, split_by_name(names)
+    labels = np.concatenate([train.targets, test.targets])
+    return images, labels, train.classes, split(train.classes)
 
 
 def omniglot(path, size, download):
@@ -1035,7 +1024,8 @@ def npz(path, size, download):
         parts = split_fc100(names)
     else:
         parts = split_by_name(names)
-    return images[..., 0] if shape == (1,) else images, labels, names, parts
+    images = images[..., 0] if shape == (1,) else images
+    return images, labels.astype(int), names, parts
 
 
 def read_npz(path, names, most=2 ** 34):
@@ -1052,8 +1042,9 @@ def read_npz(path, names, most=2 ** 34):
         raise ValueError(f"{path} cannot be read as an .npz of plain arrays: {error}") from None
 
 
-DATASETS = {"glyphs": glyphs, "cifar100": cifar100, "omniglot": omniglot, "mnist": mnist,
-            "celeba": celeba}
+DATASETS = {"glyphs": glyphs, "omniglot": omniglot, "celeba": celeba,
+            "cifar100": partial(small_arrays, datasets.CIFAR100, split_fc100),
+            "mnist": partial(small_arrays, datasets.MNIST, split_by_name)}
 
 
 def load_data(dataset, data_dir, size, channels, download=False, parts=("train", "val", "test")):
@@ -1092,29 +1083,24 @@ def say(sentence):
         print(sentence, flush=True)
 
 
-class Progress:
-    """Says how far a long job is, every ten seconds from the fifth on."""
-    def __init__(self, verb, total):
-        self.verb, self.total, self.done = verb, total, 0
-        self.began = time.perf_counter()
-        self.due = self.began + 5
-
-    def __call__(self, more):
-        self.done += more
-        now = time.perf_counter()
-        if now < self.due or self.done == self.total:
-            return
-        self.due = now + 10
-        rate = self.done / (now - self.began)
-        left = (self.total - self.done) / rate / 60
-        say(f"{self.verb} {self.done:,} of {self.total:,} images, {rate:,.0f} a second, "
-            f"{left:.1f} min left")
+def watched(parts, verb, total, size=1):
+    """Yields the parts of a long job, of `size` images each, and says how far it is, every ten seconds
+    from the fifth on."""
+    began = time.perf_counter()
+    due = began + 5
+    for number, part in enumerate(parts, 1):
+        yield part
+        now, done = time.perf_counter(), number * size
+        if now > due and done < total:
+            due = now + 10
+            rate = done / (now - began)
+            left = (total - done) / rate / 60
+            say(f"{verb} {done:,} of {total:,} images, {rate:,.0f} a second, {left:.1f} min left")
 
 
 def read_split(pictures, labels, names, keep, size, channels):
     """The classes `keep`, in order, of what a loader found -> Split: every picture made size x size,
     by all cores, straight into its place. Unreadable files are named and left out."""
-    unreadable = {}
     rows = np.flatnonzero(np.isin(labels, keep))
     rows = rows[np.argsort(labels[rows], kind="stable")]    # class by class
     try:
@@ -1123,24 +1109,24 @@ def read_split(pictures, labels, names, keep, size, channels):
         raise OSError(f"{len(rows):,} images of {size} x {size} pixels do not fit into memory: lower "
                       "--image_size, or take fewer") from None
 
-    def read(i):
+    def read(i):                                            # -> what is wrong with it, or None
         try:
             images[i] = torch.from_numpy(to_picture(pictures[rows[i]], size, channels))
         except ValueError as error:
-            unreadable[i] = str(error)
+            return str(error)
 
-    progress = Progress("read", len(rows))
     with ThreadPool() as pool:
-        for _ in pool.imap(read, range(len(rows)), chunksize=10):
-            progress(1)
+        faults = pool.imap(read, range(len(rows)), chunksize=10)
+        faults = list(watched(faults, "read", len(rows)))
 
+    unreadable = [fault for fault in faults if fault]
     if unreadable:
-        print(f"{len(unreadable)} files are left out: {', '.join(list(unreadable.values())[:3])}")
-        good = np.setdiff1d(np.arange(len(rows)), list(unreadable))
+        print(f"{len(unreadable)} files are left out: {', '.join(unreadable[:3])}")
+        good = [fault is None for fault in faults]
         images, rows = images[good], rows[good]
-    counts = [int((labels[rows] == c).sum()) for c in keep]
-    offsets = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int64)
-    return Split(images, offsets, [names[c] for c in keep], max(counts, default=0))
+    counts = np.bincount(labels[rows], minlength=len(names))[keep]
+    offsets = torch.tensor([0, *counts.cumsum()], dtype=torch.int64)
+    return Split(images, offsets, [names[c] for c in keep], int(counts.max(initial=0)))
 
 
 def check_data(data, sample_size, parts=("train", "val")):

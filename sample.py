@@ -9,7 +9,6 @@
 Writes to a new folder, --out_dir: grid.png (support | samples), images/00000.png and on, and
 samples.npz (arr_0 uint8 NHWC). Everything about the model comes from the checkpoint.
 """
-import dataclasses
 import json
 import os
 from contextlib import contextmanager, suppress
@@ -69,8 +68,8 @@ def parse_args(argv=None):
         p.error("--crop is for the files of --support")
     if args.shared_pool and not args.evaluate:
         p.error("--shared_pool belongs to --evaluate")
-    if not args.dataset and (args.k or args.sets):
-        p.error("--k and --sets belong to --dataset; the files of --support are the sets")
+    if not args.dataset and (args.k or args.sets or args.split):
+        p.error("--k, --sets and --split belong to --dataset; the files of --support are the sets")
     if args.evaluate and (args.split or args.sets):
         p.error("--evaluate scores test and training classes in sets of its own: leave out --split "
                 "and --sets")
@@ -85,10 +84,8 @@ def parse_args(argv=None):
         p.error("pass either --support with image files or --dataset")
     if args.evaluate and not args.dataset:
         p.error("--evaluate needs --dataset, for classes with real images to compare with")
-    if args.eta is not None and args.sampler != "ddim":
-        p.error(f"--eta belongs to --sampler ddim, not to {args.sampler}")
-    if args.eta is not None and not 0 <= args.eta <= 1:
-        p.error(f"--eta is {args.eta}: expected 0, no noise, to 1, as much as ddpm")
+    if args.eta is not None and not (args.sampler == "ddim" and 0 <= args.eta <= 1):
+        p.error(f"--eta is {args.eta}: expected 0, no noise, to 1, as much as ddpm, with --sampler ddim")
     fsdm.check_least(p, args, sets=1, num=1, steps=1, batch_size=1, k=1, seed=0, guidance=0)
     return args
 
@@ -320,7 +317,7 @@ def write_scores(model, K, args, options):
     with its recipe."""
     device, config = model.alpha_bar.device, model.config
     recipe = dict(vars(args), ckpt_sha256=fid.sha256(args.ckpt)[:8], device=str(device),
-                  torch=torch.__version__, model=dataclasses.asdict(config))
+                  torch=torch.__version__, model=vars(config))
     inception = fid.load_inception(args.fid_weights, args.fid_dims, str(device))
     data = fsdm.load_data(args.dataset, args.data_dir, config.image_size, config.in_channels,
                           args.download, ("test", "train"))

@@ -122,8 +122,7 @@ def parse_args(argv=None):
     if max(args.ema_decay, args.cooldown) > 1:
         p.error(f"--ema_decay is {args.ema_decay}, --cooldown {args.cooldown}: each is at most 1")
 
-    fields = {field.name for field in dataclasses.fields(Config)}
-    shape = {name: getattr(args, name) for name in fields & given}
+    shape = {name: getattr(args, name) for name in given if hasattr(Config, name)}
     config = Config(**fsdm.PRESETS[args.preset])
     if args.init:
         config = fsdm.load_model(args.init).config
@@ -298,7 +297,7 @@ class Training:
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise ValueError(f"the weights are not finite at step {step}: lower --lr, or train "
                              f"with --precision fp32; {path} is as it was")
-        config, args = dataclasses.asdict(self.model.config), self.args
+        config, args = vars(self.model.config), self.args
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         state = dict(step=step, config=config, dataset=args.dataset, optimizer=args.optimizer,
                      model=weights, ema=self.ema.state_dict(), optimizers=optimizers,
@@ -316,11 +315,11 @@ class Training:
         """Goes on from a checkpoint -> its step. ValueError names the flags that differ."""
         try:
             saved = fsdm.read_checkpoint(path)
-            known = dataclasses.asdict(Config()) | saved["config"]  # it may be older than a field
+            known = vars(Config()) | saved["config"]        # it may be older than a field
             then = dict(known, dataset=Path(saved["dataset"]).name, optimizer=saved["optimizer"])
-            now = dict(dataclasses.asdict(self.model.config), dataset=Path(self.args.dataset).name,
+            now = dict(vars(self.model.config), dataset=Path(self.args.dataset).name,
                        optimizer=self.args.optimizer)
-            differ = [f"--{k} {then.get(k)} (now {now[k]})" for k in now if then.get(k) != now[k]]
+            differ = [f"--{k} {then[k]} (now {now[k]})" for k in now if then[k] != now[k]]
             if differ:
                 raise ValueError(f"{path} was trained with {', '.join(differ)}: pass the same, "
                                  "another --out_dir, or --restart")
@@ -625,7 +624,7 @@ def main(argv=None):
         log = Log(out / "log.jsonl", step, source.with_name("log.jsonl"), start_wandb(args))
         log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.batch_size} sets of "
             f"{config.sample_size} images a step",
-            step=step, args=vars(args), config=dataclasses.asdict(config), device=str(device),
+            step=step, args=vars(args), config=vars(config), device=str(device),
             processes=world, dtype=str(dtype), compiled=compiled, torch=torch.__version__)
     stop = listen_for_stop()
 
@@ -655,7 +654,8 @@ def main(argv=None):
         limit = args.max_hours * 3600 - 1.5 * save_seconds - pace if args.max_hours else math.inf
         picture_due = step % args.save_interval == 0
         save_due = picture_due or now - saved_at > SAVE_SECONDS
-        over = stop or elapsed + save_due * save_seconds > limit    # or no time for this save
+        needed = save_seconds if save_due else 0
+        over = stop or elapsed + needed > limit
         progress = largest(1 if over else max(step / args.max_steps, elapsed / limit))
 
         # log
@@ -697,6 +697,7 @@ def main(argv=None):
 
     if rank == 0:
         training.save(ckpt, step)
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # all is saved: Ctrl-C ends it at once
         look(training, data["val"], step, sets, inception, log)
     wait_for_all()                                          # nobody leaves before the last save
     more = " with a larger --max_steps" if step >= args.max_steps else ""

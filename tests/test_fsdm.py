@@ -766,8 +766,8 @@ def draw_folder(root, classes, images=3, size=(40, 30)):
 
 
 def test_evaluation_classes_marked_by_numbers_are_never_trained_on(tmp_path):
-    np.savez(tmp_path / "a.npz", images=np.zeros((30, 8, 8), np.uint8), labels=np.arange(30) // 2,
-             class_names=np.arange(15), class_is_evaluation=np.array([0] * 12 + [1] * 3))
+    np.savez(tmp_path / "a.npz", images=np.zeros((30, 8, 8), np.uint8),
+             labels=np.arange(30, dtype=np.uint64) // 2, class_names=np.arange(15), class_is_evaluation=np.array([0] * 12 + [1] * 3))
     data = fsdm.load_data(str(tmp_path / "a.npz"), None, 8, 1)
     assert [len(split.names) for split in data.values()] == [10, 2, 3] and data["test"].names == ["12", "13", "14"]
 

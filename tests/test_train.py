@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -604,6 +605,13 @@ def test_a_run_killed_before_its_last_picture_makes_it_and_then_is_done(glyph_fi
         saved = run(glyph_file, tmp_path, "--max_steps", "2")
         assert saved["step"] == 2 and said in capsys.readouterr().out
         assert (tmp_path / "samples_0000002.png").exists() and len(records(tmp_path, "val_loss")) == 2
+
+
+def test_ctrl_c_in_the_last_picture_ends_the_run_which_is_saved(glyph_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "look", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run(glyph_file, tmp_path, "--max_steps", "2")
+    assert load(tmp_path)["step"] == 2
 
 
 def test_a_checkpoint_from_before_a_field_of_config_goes_on_with_its_default(tmp_path):
