@@ -1322,6 +1322,8 @@ def choose_compile(device, no_compile=False):
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:      # torch for Windows comes without
             return False, "no Triton found"
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            return False, "no C compiler found (gcc or clang), which Triton needs"
         capability = torch.cuda.get_device_capability(device)
         return capability >= (7, 0), "compute capability {}.{}".format(*capability)
     if device.type == "cpu":

@@ -512,7 +512,8 @@ def connect(requested):
     backend, gpus = "gloo", torch.cuda.device_count()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"  # gloo for numbers on the CPU: no wait for the GPU
+        if dist.is_nccl_available():    # not on Windows
+            backend = "cpu:gloo,cuda:nccl"      # gloo for numbers on the CPU: no wait for the GPU
         if world == 1 and gpus > 1:
             print(f"{gpus} GPUs are here and this run uses one; for all of them:\n"
                   f"  torchrun --standalone --nproc_per_node={gpus} {' '.join(sys.argv)}")

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -506,6 +507,8 @@ def test_precision_and_compilation_follow_the_compute_capability(monkeypatch, ca
     assert fsdm.choose_precision(torch.device("cuda"))[0] == dtype
     assert ("fp16 is several times faster" in fsdm.choose_precision(torch.device("cuda"), "bf16")[1]) == (capability < (8, 0))
     assert fsdm.choose_compile(torch.device("cuda"))[0] == compiled
+    monkeypatch.setattr(shutil, "which", lambda name: None)                 # as in slim containers
+    assert fsdm.choose_compile(torch.device("cuda")) == (False, "no C compiler found (gcc or clang), which Triton needs")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)     # as in torch for Windows
     assert fsdm.choose_compile(torch.device("cuda")) == (False, "no Triton found")
 
@@ -772,9 +775,10 @@ def test_restart_moves_the_old_run_aside_and_resume_goes_on_from_elsewhere(glyph
 
 # ---- Several processes, parts of a batch.
 
-def torchrun(processes, *flags):
+def torchrun(processes, *flags, **environment):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*command, "train.py", *SMALL, *flags], capture_output=True, text=True, cwd=HERE)
+    done = subprocess.run([*command, "train.py", *SMALL, *flags], capture_output=True, text=True, cwd=HERE,
+                          env=os.environ | environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout + done.stderr
 
@@ -813,8 +817,11 @@ def test_two_processes_equal_one_with_the_joint_batch_and_resume_bit_for_bit(gly
 
 
 def test_two_processes_with_a_compiled_step_equal_one_that_is_eager(glyph_file, tmp_path):
-    flags = ["--dataset", glyph_file, "--max_steps", "3", "--warmup_steps", "0", "--lr", "1e-3"]
-    said = torchrun(2, *flags, "--no_compile", "False", "--out_dir", str(tmp_path / "two"))
+    # wide enough for two of DDP's buckets, between which the step is compiled in two
+    flags = ["--dataset", glyph_file, "--max_steps", "3", "--warmup_steps", "0", "--lr", "1e-3",
+             "--hidden_size", "128", "--hdim", "128"]
+    said = torchrun(2, *flags, "--no_compile", "False", "--out_dir", str(tmp_path / "two"), TORCH_LOGS="ddp_graphs")
+    assert "---split graph---" in said
     assert "2 x cpu, float32 (as asked for), compiled" in said and "the first step took" in said
     assert "strides do not match" not in said                               # of gradients and DDP's buckets
     one = run(glyph_file, tmp_path / "one", *flags, "--accumulate", "2")
