@@ -517,7 +517,8 @@ def test_precision_and_compilation_follow_the_compute_capability(monkeypatch, ca
 def test_auto_is_the_gpu_then_apples_then_the_cpu(monkeypatch, cuda, mps, chosen):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
+    on_cpu = torch.zeros(1)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: on_cpu)
     monkeypatch.setattr(torch.version, "cuda", None)
     assert fsdm.choose_device("auto") == torch.device(chosen)
 
