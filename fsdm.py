@@ -1122,7 +1122,7 @@ def read_split(pictures, labels, names, keep, size, channels):
     unreadable = [fault for fault in faults if fault]
     if unreadable:
         print(f"{len(unreadable)} files are left out: {', '.join(unreadable[:3])}")
-        good = [fault is None for fault in faults]
+        good = [not fault for fault in faults]
         images, rows = images[good], rows[good]
     counts = np.bincount(labels[rows], minlength=len(names))[keep]
     offsets = torch.tensor([0, *counts.cumsum()], dtype=torch.int64)
@@ -1255,7 +1255,7 @@ def choose_device(requested="auto"):
         requested = "cuda" if torch.cuda.is_available() else mps
     try:
         device = torch.device(requested)
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, device=device).item()                # meta has no numbers to give back
     except (RuntimeError, AssertionError) as error:
         reason = textwrap.shorten(str(error), 160)
         raise ValueError(f"--device {requested} cannot be used here: {reason}") from None
