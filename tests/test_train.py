@@ -776,6 +776,17 @@ def test_restart_moves_the_old_run_aside_and_resume_goes_on_from_elsewhere(glyph
 
 # ---- Several processes, parts of a batch.
 
+@pytest.mark.parametrize("nccl, backend", ((True, "cpu:gloo,cuda:nccl"), (False, "gloo")))     # False: Windows
+def test_gpus_talk_through_nccl_where_it_exists(monkeypatch, nccl, backend):
+    groups = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(fsdm, "choose_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(train.dist, "is_nccl_available", lambda: nccl)
+    monkeypatch.setattr(train.dist, "init_process_group", lambda backend, timeout: groups.append(backend))
+    assert train.connect("cuda:0") == (torch.device("cuda:0"), 0, 2) and groups == [backend]
+
+
 def torchrun(processes, *flags, **environment):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run([*command, "train.py", *SMALL, *flags], capture_output=True, text=True, cwd=HERE,
