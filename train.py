@@ -60,6 +60,7 @@ class Run:
     cooldown: float = None          # share of the run, at its end, over which it falls to 0 again
     weight_decay: float = 0.01      # share of lr by which weights shrink a step
     grad_clip: float = 1.0          # largest norm of the whole gradient
+    noise_offset: float = None      # spread of a shift of the noise, for each channel of an image
     kl_weight: float = 1e-6         # of a variational context's KL in the loss
     ema_decay: float = None         # of the averaged weights, after their warm-up
     max_steps: int = None           # no limit with max_hours alone; 0: only print the sizes
@@ -81,17 +82,17 @@ class Run:
 
 
 VFSDDPM = dict(dataset="glyphs", optimizer="adamw", batch_size=32, lr=1e-4, warmup_steps=0,
-               cooldown=0.0, ema_decay=0.999, max_steps=300_000, log_interval=300,
-               save_interval=20_000)
+               cooldown=0.0, noise_offset=0.0, ema_decay=0.999, max_steps=300_000,
+               log_interval=300, save_interval=20_000)
 RECIPES = {
     "demo": dict(dataset="glyphs", optimizer="muon", batch_size=8, lr=3e-3, warmup_steps=100,
-                 cooldown=0.4, ema_decay=0.998, max_steps=2400, max_hours=0.24, log_interval=100,
-                 save_interval=800),
+                 cooldown=0.4, noise_offset=0.1, ema_decay=0.998, max_steps=2400, max_hours=0.24,
+                 log_interval=100, save_interval=800),
     "reference": VFSDDPM,
     "wide": VFSDDPM,
     "mnist": dict(VFSDDPM, dataset="mnist", batch_size=128, lr=2e-4, save_interval=2000),
     "t4": dict(VFSDDPM, optimizer="muon", batch_size=16, lr=2e-3, warmup_steps=1000, cooldown=0.3,
-               save_interval=5000),
+               noise_offset=0.1, save_interval=5000),
 }
 
 
@@ -118,7 +119,7 @@ def parse_args(argv=None):
     fsdm.check_least(
         p, args, batch_size=1, accumulate=1, log_interval=1, save_interval=1, num_eval_batches=1,
         num_sample_batches=1, max_steps=0, warmup_steps=0, lr=1e-12, max_hours=1e-12,
-        grad_clip=1e-12, weight_decay=0, kl_weight=0, ema_decay=0, cooldown=0, seed=0)
+        grad_clip=1e-12, weight_decay=0, noise_offset=0, kl_weight=0, ema_decay=0, cooldown=0, seed=0)
     if max(args.ema_decay, args.cooldown) > 1:
         p.error(f"--ema_decay is {args.ema_decay}, --cooldown {args.cooldown}: each is at most 1")
 
@@ -207,7 +208,7 @@ def make_optimizers(model, args, dtype):
 
 # ---- One step: a batch of sets, the loss, the optimizers, the moving average.
 
-def draw_batch(split, sets, config, generator):
+def draw_batch(split, sets, config, generator, noise_offset=0.0):
     """-> images uint8 [B, K, C, H, W], sees bool [B, K, K], t int64 [B, K], noise float32 like the
     images, and noise for a variational context: what FSDM.forward takes."""
     K, device = config.sample_size, split.images.device
@@ -216,6 +217,11 @@ def draw_batch(split, sets, config, generator):
     sees = fsdm.leave_one_out(sets, K, generator, config.vary_support, config.context_dropout)
     t = torch.randint(config.diffusion_steps, (sets, K), generator=generator, device=device)
     noise = torch.randn(images.shape, generator=generator, device=device)
+    if noise_offset:
+        # a whole channel is moved (Guttenberg 2023), as sampling's own errors of colour move it: so the
+        # model learns to trust the support's colours, not those of its noisy input
+        shift = torch.randn(*images.shape[:3], 1, 1, generator=generator, device=device)
+        noise = noise + noise_offset * shift
     context_noise = None
     if config.mode_context == "variational":
         shape = (sets, *fsdm.context_noise_shape(config, K))
@@ -633,7 +639,7 @@ def main(argv=None):
         """This process's parts of a step, one by one."""
         for part in range(rank * args.accumulate, (rank + 1) * args.accumulate):
             generator = rng(device, args.seed, TRAINING, step, part)
-            yield draw_batch(data["train"], sets, config, generator)
+            yield draw_batch(data["train"], sets, config, generator, args.noise_offset)
 
     first, progress = step, step / args.max_steps
     line_at = saved_at = time.perf_counter()

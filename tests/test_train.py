@@ -253,6 +253,26 @@ def test_the_loss_is_the_mean_over_all_targets_of_error_and_weighted_kl(accumula
     assert training.totals.tolist() == pytest.approx([2.5, 3.5, norm, 1, 0])
 
 
+def test_an_offset_moves_the_noise_of_a_channel_as_a_whole_and_nothing_else(split):
+    config = train.parse_args(SMALL)[1]
+    plain = train.draw_batch(split, 64, config, fsdm.rng("cpu", 0))
+    moved = train.draw_batch(split, 64, config, fsdm.rng("cpu", 0), noise_offset=0.5)
+    shift = moved[3] - plain[3]                                             # [B, K, C, H, W]
+    assert all(torch.equal(a, b) for a, b in zip(plain[:3], moved[:3]))
+    assert torch.allclose(shift, shift[..., :1, :1].expand_as(shift), atol=1e-5)
+    assert shift[..., 0, 0].std() == pytest.approx(0.5, rel=0.1)
+    assert shift[..., 0, 0].std(2).mean() > 0.3                             # each channel has its own
+
+
+@pytest.mark.parametrize("flags, offset", (([], 0.1), (["--noise_offset", "0.3"], 0.3), (["--preset", "mnist"], 0.0)))
+def test_training_moves_the_noise_as_far_as_asked(glyph_file, tmp_path, monkeypatch, flags, offset):
+    real, given = train.draw_batch, []
+    monkeypatch.setattr(train, "draw_batch", lambda *args: given.append(args[4]) or real(*args))
+    flags = [*SMALL, "--encoder", "none", "--max_steps", "1", "--dataset", glyph_file, "--out_dir", str(tmp_path), *flags]
+    train.main(flags)
+    assert given == [offset]
+
+
 def test_a_few_hundred_steps_on_two_classes_lower_the_loss(split):
     two = split._replace(offsets=split.offsets[:3], names=split.names[:2])
     training, config = begin("--optimizer", "adamw")
