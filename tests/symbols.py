@@ -52,22 +52,22 @@ class Symbol(NamedTuple):
 # ---- Characters: the share of ink in every pixel becomes a mixture of two colours.
 
 def two_colours(g):
-    """-> ink, paper, both [3] in [0, 1], light enough and dark enough to be told apart; and whether they are plain."""
+    """-> ink, paper, both [3] in [0, 1], light enough and dark enough to be told apart."""
     plain = g.random() < PLAIN
     if plain and g.random() < 2 / 3:
         black, white = np.zeros(3), np.ones(3)
-        return (black, white, plain) if g.random() < 0.5 else (white, black, plain)
+        return (black, white) if g.random() < 0.5 else (white, black)
     channels = 1 if plain else 3
     ink, paper = np.zeros((2, 3))
     while abs((ink - paper) @ LUMINANCE) < 0.4:                             # as in fsdm.glyphs
         ink, paper = g.random((2, channels)) * np.ones(3)
-    return ink, paper, plain
+    return ink, paper
 
 
 def draw_character(symbol):
     """-> uint8 [images, SIZE, SIZE, 3]."""
     g = symbol.rng()
-    ink, paper, plain = two_colours(g)
+    ink, paper = two_colours(g)
     thick = g.random() < THICK
     images = []
     for pixels in np.rot90(symbol.source, symbol.copy, (1, 2)):
@@ -76,9 +76,8 @@ def draw_character(symbol):
             picture = picture.filter(ImageFilter.MaxFilter(3))
         picture = picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
         share = np.array(picture)[..., None] / 255                          # of ink in every pixel
-        tint = g.normal(0, 0 if plain else 0.025, (2, 3))                   # as in fsdm.draw_glyph
-        image = share * (ink + tint[0]) + (1 - share) * (paper + tint[1])
-        images.append((255 * image.clip(0, 1)).round().astype(np.uint8))
+        image = share * ink + (1 - share) * paper
+        images.append((255 * image).round().astype(np.uint8))
     return np.stack(images)
 
 

@@ -99,10 +99,9 @@ def test_ink_and_paper_can_be_told_apart_and_a_third_is_plain():
     luminance, plain = (0.30, 0.59, 0.11), []
     signs = []
     for seed in range(3000):
-        ink, paper, is_plain = symbols.two_colours(np.random.default_rng(seed))
+        ink, paper = symbols.two_colours(np.random.default_rng(seed))
         assert abs((ink - paper) @ luminance) >= 0.4
-        assert not is_plain or np.ptp(ink) == np.ptp(paper) == 0
-        plain.append(is_plain)
+        plain.append(np.ptp(ink) == np.ptp(paper) == 0)
         signs.append((ink - paper) @ luminance > 0)
     assert abs(np.mean(plain) - 1 / 3) < 0.04 and abs(np.mean(signs) - 0.5) < 0.04
 
@@ -115,9 +114,9 @@ def test_a_character_is_drawn_in_its_colours_and_again_in_others(build):
             if name.startswith("omniglot"):
                 images = split.images[split.offsets[c]:split.offsets[c + 1]].float()
                 light = (images * torch.tensor([0.30, 0.59, 0.11])[:, None, None]).sum(1)
-                assert (light.amax((1, 2)) - light.amin((1, 2))).min() > 255 * 0.25       # 0.4, less the tints
+                assert (light.amax((1, 2)) - light.amin((1, 2))).min() > 255 * 0.3
                 corner = images[:, :, 0, 0]
-                assert (corner.amax(0) - corner.amin(0)).max() < 255 * 0.2                # one paper, a little uneven
+                assert (corner.amax(0) - corner.amin(0)).max() <= 1       # one paper
                 colours[name] = corner.mean(0)
     pairs = [(name, name[:-1] + "1") for name in colours if name.endswith("/0") and name[:-1] + "1" in colours]
     assert len(pairs) > 20
