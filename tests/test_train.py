@@ -835,8 +835,9 @@ def test_two_processes_equal_one_with_the_joint_batch_and_resume_bit_for_bit(gly
     assert np.allclose(losses, kill.losses(tmp_path / "parts"), rtol=1e-5)
 
     joint, config = begin(*flags)                                           # and by hand, the two halves as one batch
+    offset = joint.args.noise_offset
     for step in range(4):
-        halves = [train.draw_batch(split, 2, config, fsdm.rng("cpu", 0, fsdm.TRAINING, step, part))
+        halves = [train.draw_batch(split, 2, config, fsdm.rng("cpu", 0, fsdm.TRAINING, step, part), offset)
                   for part in range(2)]
         both = [torch.cat(parts) for parts in zip(*(half[:4] for half in halves))]
         lr = train.learning_rate(1e-3, step, joint.args.warmup_steps, step / 4, 0.0)
