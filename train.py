@@ -60,7 +60,7 @@ class Run:
     cooldown: float = None          # share of the run, at its end, over which it falls to 0 again
     weight_decay: float = 0.01      # share of lr by which weights shrink a step
     grad_clip: float = 1.0          # largest norm of the whole gradient
-    noise_offset: float = None      # spread of a shift of the noise, for each channel of an image
+    noise_offset: float = None      # standard deviation of offset noise, a shift of each channel
     kl_weight: float = 1e-6         # of a variational context's KL in the loss
     ema_decay: float = None         # of the averaged weights, after their warm-up
     max_steps: int = None           # no limit with max_hours alone; 0: only print the sizes
@@ -208,7 +208,7 @@ def make_optimizers(model, args, dtype):
 
 # ---- One step: a batch of sets, the loss, the optimizers, the moving average.
 
-def draw_batch(split, sets, config, generator, noise_offset=0.0):
+def draw_batch(split, sets, config, generator, noise_offset):
     """-> images uint8 [B, K, C, H, W], sees bool [B, K, K], t int64 [B, K], noise float32 like the
     images, and noise for a variational context: what FSDM.forward takes."""
     K, device = config.sample_size, split.images.device
@@ -217,11 +217,10 @@ def draw_batch(split, sets, config, generator, noise_offset=0.0):
     sees = fsdm.leave_one_out(sets, K, generator, config.vary_support, config.context_dropout)
     t = torch.randint(config.diffusion_steps, (sets, K), generator=generator, device=device)
     noise = torch.randn(images.shape, generator=generator, device=device)
-    if noise_offset:
-        # a whole channel is moved (Guttenberg 2023), as sampling's own errors of colour move it: so the
-        # model learns to trust the support's colours, not those of its noisy input
-        shift = torch.randn(*images.shape[:3], 1, 1, generator=generator, device=device)
-        noise = noise + noise_offset * shift
+    # offset noise (Guttenberg 2023): it moves a whole channel, as the errors of colour do that sampling
+    # makes, so the model learns to trust the colours of its support, not those of its noisy input
+    shift = torch.randn(*images.shape[:3], 1, 1, generator=generator, device=device)
+    noise += noise_offset * shift
     context_noise = None
     if config.mode_context == "variational":
         shape = (sets, *fsdm.context_noise_shape(config, K))

@@ -144,13 +144,13 @@ def main(argv):
     def draw():
         for part in range(args.accumulate):
             generator = fsdm.rng(device, 0, part)
-            yield train.draw_batch(split, args.batch_size // args.accumulate, config, generator)
+            yield train.draw_batch(split, args.batch_size // args.accumulate, config, generator, args.noise_offset)
 
     torch.manual_seed(0)
     model = fsdm.FSDM(config).to(device)
     eager = copy.deepcopy(model)
     training = train.Training(model, args, dtype)
-    count = flops(model, train.draw_batch(split, 1, config, fsdm.rng(device, 0)))
+    count = flops(model, train.draw_batch(split, 1, config, fsdm.rng(device, 0), args.noise_offset))
     if compiled:
         fsdm.compile_in_place(model, dtype)
     rate = fsdm.matmul_rate(device, dtype, 4096 if device.type == "cuda" else 1024)

@@ -60,7 +60,7 @@ split = speed.random_split(config, device)
 if compiled:
     fsdm.compile_in_place(training.model, dtype)
 def step(i):
-    training.step([train.draw_batch(split, args.batch_size, config, fsdm.rng(device, 0, i))], 1e-3, i)
+    training.step([train.draw_batch(split, args.batch_size, config, fsdm.rng(device, 0, i), args.noise_offset)], 1e-3, i)
 step(0)
 torch.cuda.set_sync_debug_mode("error")
 for i in range(1, 21):
@@ -225,7 +225,7 @@ def prepare(flags, device, dtype):
     torch.manual_seed(0)
     model = fsdm.FSDM(config)
     open_gates(model)
-    batch = train.draw_batch(speed.random_split(config, "cpu"), 2, config, fsdm.rng("cpu", 0))
+    batch = train.draw_batch(speed.random_split(config, "cpu"), 2, config, fsdm.rng("cpu", 0), args.noise_offset)
     batch = [part if part is None else part.to(device) for part in batch]
     return train.Training(model.to(device), args, dtype), batch
 
@@ -255,11 +255,12 @@ def test_on_a_real_gpu_a_compiled_step_in_half_precision_equals_the_cpus_in_fp32
 def waits_for_nothing(flags, device, dtype):
     """Raises RuntimeError when one of twenty steps waits for the GPU -> their mean loss."""
     training, _ = prepare(flags, device, dtype)
-    config, split = training.model.config, speed.random_split(training.model.config, device)
+    config, offset = training.model.config, training.args.noise_offset
+    split = speed.random_split(config, device)
     fsdm.compile_in_place(training.model, dtype)
 
     def step(i):
-        training.step([train.draw_batch(split, 2, config, fsdm.rng(device, 0, i))], 1e-4, i)
+        training.step([train.draw_batch(split, 2, config, fsdm.rng(device, 0, i), offset)], 1e-4, i)
 
     step(0)
     training.totals.zero_()

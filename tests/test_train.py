@@ -255,8 +255,8 @@ def test_the_loss_is_the_mean_over_all_targets_of_error_and_weighted_kl(accumula
 
 def test_an_offset_moves_the_noise_of_a_channel_as_a_whole_and_nothing_else(split):
     config = train.parse_args(SMALL)[1]
-    plain = train.draw_batch(split, 64, config, fsdm.rng("cpu", 0))
-    moved = train.draw_batch(split, 64, config, fsdm.rng("cpu", 0), noise_offset=0.5)
+    plain = train.draw_batch(split, 64, config, fsdm.rng("cpu", 0), 0.0)
+    moved = train.draw_batch(split, 64, config, fsdm.rng("cpu", 0), 0.5)
     shift = moved[3] - plain[3]                                             # [B, K, C, H, W]
     assert all(torch.equal(a, b) for a, b in zip(plain[:3], moved[:3]))
     assert torch.allclose(shift, shift[..., :1, :1].expand_as(shift), atol=1e-5)
@@ -278,7 +278,7 @@ def test_a_few_hundred_steps_on_two_classes_lower_the_loss(split):
     training, config = begin("--optimizer", "adamw")
     sums = [0.0]
     for step in range(300):
-        training.step([train.draw_batch(two, 4, config, fsdm.rng("cpu", 0, step))], 2e-3, step)
+        training.step([train.draw_batch(two, 4, config, fsdm.rng("cpu", 0, step), 0.1)], 2e-3, step)
         sums.append(training.totals[0].item())
     losses = np.diff(sums)
     assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:5])
@@ -289,7 +289,7 @@ def test_a_few_hundred_steps_on_two_classes_lower_the_loss(split):
 @pytest.mark.parametrize("fault", ("a gradient is NaN", "the norm overflows"))
 def test_a_step_that_is_not_finite_leaves_no_trace_but_is_counted(split, dtype, optimizer, fault):
     def step(training, number):
-        training.step([train.draw_batch(split, 4, config, fsdm.rng("cpu", 0, number))], 1e-3, number)
+        training.step([train.draw_batch(split, 4, config, fsdm.rng("cpu", 0, number), 0.1)], 1e-3, number)
 
     def spoil(gradient):
         """A row is NaN; or all is finite, even where it is scaled, and the sum of squares is not."""
@@ -568,7 +568,7 @@ def test_the_step_compiles_as_one_graph_and_agrees_with_eager(split):
     training, config = begin()
     model = training.model
     open_gates(model)
-    batch = train.draw_batch(split, 2, config, fsdm.rng("cpu", 0))
+    batch = train.draw_batch(split, 2, config, fsdm.rng("cpu", 0), 0.1)
     eager, names = model(*batch)[0], list(model.state_dict())
     fsdm.compile_in_place(model, torch.float32)
     assert torch.allclose(model(*batch)[0], eager, rtol=1e-4, atol=1e-5) and list(model.state_dict()) == names
