@@ -92,7 +92,7 @@ RECIPES = {
     "wide": VFSDDPM,
     "mnist": dict(VFSDDPM, dataset="mnist", batch_size=128, lr=2e-4, save_interval=2000),
     "t4": dict(VFSDDPM, optimizer="muon", batch_size=16, lr=2e-3, warmup_steps=1000, cooldown=0.3,
-               noise_offset=0.1, save_interval=5000),
+               save_interval=5000),
 }
 
 

@@ -264,7 +264,7 @@ def test_an_offset_moves_the_noise_of_a_channel_as_a_whole_and_nothing_else(spli
     assert shift[..., 0, 0].std(2).mean() > 0.3                             # each channel has its own
 
 
-@pytest.mark.parametrize("flags, offset", (([], 0.1), (["--noise_offset", "0.3"], 0.3), (["--preset", "mnist"], 0.0)))
+@pytest.mark.parametrize("flags, offset", (([], 0.1), (["--noise_offset", "0.3"], 0.3), (["--preset", "mnist"], 0.0), (["--preset", "t4"], 0.0)))
 def test_training_moves_the_noise_as_far_as_asked(glyph_file, tmp_path, monkeypatch, flags, offset):
     real, given = train.draw_batch, []
     monkeypatch.setattr(train, "draw_batch", lambda *args: given.append(args[4]) or real(*args))
