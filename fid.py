@@ -131,8 +131,8 @@ class Inception(nn.Sequential):
         except Exception as error:              # torch fails in many ways on what is no state_dict
             raise FIDError(f"cannot read weights {path} as a plain state_dict", error) from error
         if missing:
-            raise FIDError(f"weights {path} do not serve --dims {self.dims}: {missing[0]} and more "
-                           f"are missing; take smaller --dims, or {URL}")
+            raise FIDError(f"weights {path} do not serve --fid_dims {self.dims}: {missing[0]} and more "
+                           f"are missing; take smaller --fid_dims, or {URL}")
         if "AuxLogits.conv0.conv.weight" in state:
             raise FIDError(f"weights {path} are torchvision's for ImageNet: take {URL}")
 
@@ -180,7 +180,7 @@ def find_weights():
             torch.hub.download_url_to_file(URL, path, hash_prefix=HASH)
     except (OSError, RuntimeError) as error:    # RuntimeError: the hash differs
         raise FIDError(f"Inception weights are missing: put {URL} at {path}, or name the file with "
-                       "--weights; the download failed", error) from error
+                       "--fid_weights; the download failed", error) from error
     finally:
         socket.setdefaulttimeout(timeout)
 

@@ -29,6 +29,7 @@ import os
 import re
 import shutil
 import sys
+import sysconfig
 import textwrap
 import time
 import zipfile
@@ -1255,7 +1256,7 @@ def choose_device(requested="auto"):
         requested = "cuda" if torch.cuda.is_available() else mps
     try:
         device = torch.device(requested)
-        torch.zeros(1, device=device).item()                # meta has no numbers to give back
+        torch.empty(1, device=device).item()                # meta has no numbers to give back
     except (RuntimeError, AssertionError) as error:
         reason = textwrap.shorten(str(error), 160)
         raise ValueError(f"--device {requested} cannot be used here: {reason}") from None
@@ -1319,6 +1320,10 @@ def choose_compile(device, no_compile=False):
     """-> (whether to compile the step, the reason in words)."""
     if no_compile:
         return False, "as asked for"
+    # by the usual layout: Debian's default names an empty folder
+    headers = sysconfig.get_path("include", "nt" if os.name == "nt" else "posix_prefix")
+    if not Path(headers, "Python.h").exists():
+        return False, "no Python.h found (on Debian: python3-dev), which compiled code includes"
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:      # torch for Windows comes without
             return False, "no Triton found"

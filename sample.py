@@ -78,7 +78,7 @@ def parse_args(argv=None):
     if args.ckpt is None:               # the model that comes along, and drawings that it never saw
         p.set_defaults(ckpt=str(ASSETS / "symbols.pt"), crop=True)
         if not args.dataset:
-            p.set_defaults(support=sorted(str(folder) for folder in ASSETS.glob("drawings/*")))
+            p.set_defaults(support=sorted(str(folder) for folder in ASSETS.glob("drawings/[!.]*")))
     args = p.parse_args(argv)           # again, now with defaults
     if bool(args.support) == bool(args.dataset):
         p.error("pass either --support with image files or --dataset")
@@ -328,7 +328,13 @@ def write_scores(model, K, args, options):
                 print(f"\n{meaning}: none in this data set")
                 continue
             split = data[part].to(device)
-            scores, how = evaluate(model, split, inception, args.num, K, args.shared_pool, **options)
+            try:
+                scores, how = evaluate(model, split, inception, args.num, K, args.shared_pool, **options)
+            except ValueError as error:                     # too few images in a class
+                if not report:
+                    raise
+                print(f"\n{meaning}: {error}")
+                continue
             report[part], n = dict(scores, recipe=how), how["images"]
             print(f"\n{meaning}, K = {K}, {n:,} images against {n:,} references, {how['protocol']}, "
                   f"dims {args.fid_dims}\n{table(scores)}", flush=True)

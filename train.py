@@ -16,6 +16,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import textwrap
@@ -190,8 +191,10 @@ def orthogonalize(x, dtype):
 
 class AdamW(torch.optim.AdamW):
     def step(self, kept):
-        # GradScaler's way to tell a fused optimizer, on the device, to do nothing
+        # GradScaler's way to tell a fused optimizer, on the device, to do nothing; MPS's does not listen
         self.found_inf = 1 - kept
+        if kept.device.type == "mps" and not kept:
+            return
         super().step()
 
 
@@ -510,7 +513,8 @@ def connect(requested):
     """-> (device, rank, processes): this process alone, or one of those that torchrun started, on its
     own GPU."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if requested in ("auto", "cuda") and torch.cuda.is_available():
+    any_gpu = requested in ("auto", "cuda")
+    if any_gpu and torch.cuda.is_available():
         requested = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = fsdm.choose_device(requested)
     torch.set_float32_matmul_precision("high")              # TF32 where it exists
@@ -519,14 +523,15 @@ def connect(requested):
         torch.cuda.set_device(device)
         if dist.is_nccl_available():    # not on Windows
             backend = "cpu:gloo,cuda:nccl"      # gloo for numbers on the CPU: no wait for the GPU
-        if world == 1 and gpus > 1:
+        if world == 1 and gpus > 1 and any_gpu:
             print(f"{gpus} GPUs are here and this run uses one; for all of them:\n"
-                  f"  torchrun --standalone --nproc_per_node={gpus} {' '.join(sys.argv)}")
+                  f"  torchrun --standalone --nproc_per_node={gpus} {shlex.join(sys.argv)}")
     if world > 1:
         # the first process validates and draws while the others wait
         dist.init_process_group(backend, timeout=timedelta(hours=2))
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")                  # only the first one speaks
+        # only the first one speaks; of class names, whose bytes may be any
+        sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     return device, rank, world
 
 
@@ -604,6 +609,8 @@ def main(argv=None):
         raise ValueError(f"--batch_size {args.batch_size} cannot be shared by {world} process(es) "
                          f"in {args.accumulate} part(s) each: choose a multiple of {parts}")
     dtype, reason = fsdm.choose_precision(device, args.precision)
+    if device.type == "cpu" and largest(dtype == torch.bfloat16):
+        dtype = torch.bfloat16                              # in all processes, each of which has timed its own
     compiled, why = fsdm.choose_compile(device, args.no_compile)
     print(f"preset {args.preset}, {world} x {device}, {str(dtype)[6:]} ({reason}), "
           f"{'compiled' if compiled else 'eager'} ({why})")
@@ -672,7 +679,8 @@ def main(argv=None):
             streak = 0 if kept else streak + skipped
             images = (step - line_step) * args.batch_size * config.sample_size
             rate = images / (time.perf_counter() - line_at)
-            left = elapsed / (progress - first / args.max_steps) * (1 - progress) / 60
+            all_steps = (args.max_steps - step) * elapsed / (step - first)      # in seconds
+            left = min(all_steps, limit - elapsed) / 60 if progress < 1 else 0
             said = f"step {step:>7,}  loss {loss:.4f}  {rate:,.0f} images/s  {left:,.0f} min left"
             said += f"  KL {kl:.2f}" if kl else ""
             said += f"  {skipped:.0f} steps skipped: not finite" if skipped else ""

@@ -339,7 +339,7 @@ def test_missing_weights_are_one_sentence_and_exit_2(offline, tmp_path, capsys):
     a = write_pictures(tmp_path / "a", 3)
     code, out, err = cli(capsys, a, a)
     assert code == 2 and not out
-    assert "--weights" in err and "pt_inception-2015-12-05-6726825d.pth" in err and "Traceback" not in err
+    assert "--fid_weights" in err and "pt_inception-2015-12-05-6726825d.pth" in err and "Traceback" not in err
 
 
 def test_weights_in_torchs_hub_cache_are_found_and_checked(offline, tmp_path, small_weights, monkeypatch):

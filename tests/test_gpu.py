@@ -388,7 +388,7 @@ from test_gpu import prepare
 args, _ = train.parse_args(sys.argv[1:])
 device, _, _ = train.connect(args.device)
 training, batch = prepare(sys.argv[1:], device, torch.float32)
-if dist.is_torchelastic_launched():
+if dist.is_torchelastic_launched() and not dist.is_initialized():
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     training.net = train.DistributedDataParallel(training.model)
 fsdm.compile_in_place(training.model, torch.float32)

@@ -68,5 +68,7 @@ def test_the_notebook_finds_the_code_trains_goes_on_shows_and_scores(tmp_path, m
     saved.parent.mkdir(parents=True)
     first.rename(saved)
     code.rename(inputs / "code")                                            # Kaggle has two ways to mount a data set
-    said = run(notebook, second, shown, STEPS=4)
+    said = run(notebook.replace("LAST = True", "LAST = False"), second, shown, STEPS=4)
     assert "going on from" in said and "at step 2" in said and "stopped at step 4" in said, said
+    records = map(json.loads, (second / "run" / "log.jsonl").read_text().splitlines())
+    assert [record["args"]["cooldown"] for record in records if "args" in record] == [0.4, 0.0]

@@ -94,7 +94,9 @@ def test_without_arguments_the_model_draws_the_drawings_that_come_along(ckpt, tm
     shutil.copy(ckpt, assets / "symbols.pt")
     monkeypatch.setattr(sample, "ASSETS", assets)
     monkeypatch.chdir(tmp_path)
+    (assets / "drawings" / ".DS_Store").touch()                             # as a Mac leaves it
     sample.main([])
+    (assets / "drawings" / ".DS_Store").unlink()
     said, saved = capsys.readouterr().out, np.load("samples/samples.npz")
     names = sorted(folder.name for folder in (assets / "drawings").iterdir())
     assert saved["labels"].tolist() == [name for name in names for _ in range(8)]
@@ -322,6 +324,21 @@ def test_the_evaluation_tells_the_ends_of_the_scale_apart(ckpt, tmp_path, capsys
     assert recipe["seed"] == 0 and recipe["k"] == 3 and recipe["steps"] == "2" and recipe["guidance"] == "2.0"
     assert recipe["protocol"] == "references disjoint from the supports" and report["recipe"]["model"]["depth"] == 2
     assert "unseen classes" in capsys.readouterr().out
+
+
+def test_training_classes_too_small_to_score_lose_no_scores(ckpt, tmp_path, capsys):
+    for part, images in dict(train=11, val=1, test=12).items():             # K = 3 needs 12
+        for name in range(2):
+            folder = tmp_path / "data" / part / f"{part}{name}"
+            folder.mkdir(parents=True)
+            for i in range(images):
+                Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"{i}.png")
+    weights = random_inception(tmp_path / "w.pth", 64)
+    sample.main(["--ckpt", ckpt, "--dataset", str(tmp_path / "data"), "--evaluate", "--num", "6", "--k", "3", "--steps",
+                 "2", "--fid_weights", weights, "--fid_dims", "64", "--out_dir", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "\nin distribution: training classes: " in said and "holds the scores" in said
+    assert json.load(open(tmp_path / "out" / "scores.json")).keys() == {"test", "recipe"}
 
 
 @pytest.mark.parametrize("command", (["sample.py", "--ckpt", "nothing.pt", "--support", "a.png"],

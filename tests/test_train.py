@@ -10,9 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -326,6 +328,17 @@ def test_a_step_that_is_not_finite_leaves_no_trace_but_is_counted(split, dtype, 
         assert training.scaler.get_scale() == 1 and kill.same(state(training), state(twin))
 
 
+def test_a_gpu_of_apples_whose_adamw_does_not_listen_skips_the_step_too():
+    weight = torch.nn.Parameter(torch.ones(1))
+    weight.grad = torch.ones(1)
+    optimizer = train.AdamW([weight], 0.1, fused=True)
+    for kept in (0.0, 1.0):
+        there = MagicMock(device=torch.device("mps"))
+        there.__bool__.return_value, there.__rsub__.return_value = bool(kept), torch.tensor(0.0)
+        optimizer.step(there)
+        assert (weight.item() != 1) == kept
+
+
 def test_the_average_never_holds_on_to_the_random_initialisation():
     assert [train.average_decay(0.99, step) for step in (0, 9, 10 ** 6)] == [1 / 11, 10 / 20, 0.99]
     args, _ = train.parse_args(["--ema_decay", "0.9999"])
@@ -531,6 +544,9 @@ def test_precision_and_compilation_follow_the_compute_capability(monkeypatch, ca
     assert fsdm.choose_compile(torch.device("cuda")) == (False, "no C compiler found (gcc or clang), which Triton needs")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)     # as in torch for Windows
     assert fsdm.choose_compile(torch.device("cuda")) == (False, "no Triton found")
+    monkeypatch.setattr(sysconfig, "get_path", lambda *names: "nowhere")    # as in Debian without python3-dev
+    for device in ("cuda", "cpu"):
+        assert fsdm.choose_compile(torch.device(device))[1].startswith("no Python.h found")
 
 
 @pytest.mark.parametrize("cuda, mps, chosen", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
@@ -538,7 +554,7 @@ def test_auto_is_the_gpu_then_apples_then_the_cpu(monkeypatch, cuda, mps, chosen
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     on_cpu = torch.zeros(1)
-    monkeypatch.setattr(torch, "zeros", lambda *shape, device: on_cpu)
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: on_cpu)      # launches nothing
     monkeypatch.setattr(torch.version, "cuda", None)
     assert fsdm.choose_device("auto") == torch.device(chosen)
 
@@ -805,6 +821,24 @@ def test_gpus_talk_through_nccl_where_it_exists(monkeypatch, nccl, backend):
     monkeypatch.setattr(train.dist, "is_nccl_available", lambda: nccl)
     monkeypatch.setattr(train.dist, "init_process_group", lambda backend, timeout: groups.append(backend))
     assert train.connect("cuda:0") == (torch.device("cuda:0"), 0, 2) and groups == [backend]
+
+
+@pytest.mark.parametrize("requested, said", (("auto", True), ("cuda", True), ("cuda:1", False)))
+def test_the_line_for_all_gpus_can_be_pasted(monkeypatch, capsys, requested, said):
+    monkeypatch.setattr(fsdm, "choose_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--dataset", "my photos"])
+    train.connect(requested)
+    assert ("--nproc_per_node=2 train.py --dataset 'my photos'" in capsys.readouterr().out) == said
+
+
+def test_a_silent_process_takes_names_of_any_bytes(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    train.connect("cpu")
+    print("class \udcff")
 
 
 def torchrun(processes, *flags, **environment):
