@@ -493,7 +493,8 @@ def kid(x, y, halves=50):
 def precision_recall(real, fake, k=3):
     """Features [M > k, D], [N > k, D] -> (precision, recall) in [0, 1] (Kynkaanniemi et al. 2019, arXiv:1904.06991).
     Precision is the share of fake rows within the reach of some real row, recall the share of real rows within the
-    reach of some fake row; a row reaches as far as its k-th nearest neighbour on its own side."""
+    reach of some fake row; a row reaches as far as its k-th nearest neighbour on its own side.
+    FIDError where a side has no more than k rows or D differs."""
     real, fake = check_features(real, fake, least=k + 1)
 
     def distances(x, y):                                        # squared, [256, len(y)] at a time
@@ -533,7 +534,8 @@ def blocks(x, y):
 # Two sides in; sentences, notes and one line of JSON out.
 
 def compare(real, fake):
-    """Two Sides -> scores by name, and notes: sentences that a reader of the scores must know."""
+    """Two Sides -> scores by name, None where a side has fewer than 4 images for them, and notes: sentences that a
+    reader of the scores must know."""
     notes = []
     scores = dict(
         fid=frechet_distance(real.mu, real.sigma, fake.mu, fake.sigma),

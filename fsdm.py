@@ -563,7 +563,8 @@ def to_signal(images):
 
 
 def to_bytes(x):
-    """float in [-1, 1] -> uint8, rounded (cut off, every image would be half a level darker)."""
+    """float -> uint8: -1 .. 1 becomes 0 .. 255, rounded (cut off, every image would be half a level
+    darker), and what lies beyond is clipped."""
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
 
@@ -599,8 +600,9 @@ class FSDM(nn.Module):
     def forward(self, images, sees, t, noise, context_noise=None, support=None):
         """Errors of all images of the sets. All randomness comes in, so it compiles whole.
 
-        images uint8 [B, K, C, H, W], sees bool [B, K, K], t int [B, K], noise like the images;
-        support: other images to read the context from, to see what it is worth
+        images uint8 [B, K, C, H, W], sees bool [B, K, K], t int64 [B, K], noise float32 of the images'
+        shape; context_noise float32, as context_noise_shape says, for a variational context (None: its
+        mean); support: other images to read the context from, to see what it is worth
         -> float32 [B, K], each image's mean squared error, and float32 [B, K], its context's KL."""
         x0 = to_signal(images)
         support = x0 if support is None else to_signal(support)
@@ -646,7 +648,8 @@ def noise_levels(times, alpha_bar):
 
 
 def even_times(alpha_bar, steps):
-    """-> [(t, alpha, sigma)], `steps` different times from T - 1 down to 0, evenly spaced."""
+    """-> [(t, alpha, sigma)], `steps` different times from T - 1 down to 0, evenly spaced.
+    Raises ValueError for more than T."""
     T = len(alpha_bar)
     if steps > T:
         raise ValueError(f"{steps} steps: this sampler makes at most {T}, the model's diffusion_steps")
@@ -798,7 +801,8 @@ def draw_classes(split, sets, generator):
 
 
 def draw_sets(split, classes, size, generator):
-    """classes int64 [sets] -> int64 [sets, size], `size` different images of each, indices."""
+    """classes int64 [sets] -> int64 [sets, size], `size` different images of each, indices. A
+    class must have so many (check_data): a smaller one would be filled up from others."""
     first, count = split.offsets[classes, None], split.offsets.diff()[classes, None]        # [sets, 1]
     place = torch.arange(split.largest, device=first.device)
     keys = torch.rand(len(classes), split.largest, generator=generator, device=first.device)
@@ -838,7 +842,8 @@ def draw_support(split, sets, size, seed, stream):
 # OSError with a sentence. load_data makes Splits of it.
 
 def split_by_name(names):
-    """-> the part of each class: 70/10/20 percent in the order of the names' SHA-1."""
+    """-> the part of each class: 70/10/20 percent in the order of the names' SHA-1, at least one class
+    each. Raises ValueError for fewer than three."""
     if len(names) < 3:
         raise ValueError(f"{len(names)} class(es) found: at least 3 are needed, one each to train, "
                          "validate and test")

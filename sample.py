@@ -7,7 +7,8 @@
     python sample.py --ckpt runs/demo/ckpt.pt --dataset glyphs --evaluate   # few-shot scores
 
 Writes to a new folder, --out_dir: grid.png (support | samples), images/00000.png and on, and
-samples.npz (arr_0 uint8 NHWC). Everything about the model comes from the checkpoint.
+samples.npz (arr_0 uint8 NHWC); with --evaluate scores.json alone. Everything about the model comes from
+the checkpoint.
 """
 import json
 import os
@@ -225,7 +226,8 @@ def main(argv=None):
 
 def read_support(paths, shape, prepare=None):
     """Image files, which are one set together, and folders of them, which are one each -> uint8
-    [S, K, C, H, W] and the names of the sets; K is the number of images in the smallest."""
+    [S, K, C, H, W] and the names of the sets; K is the number of images in the smallest. Raises
+    ValueError for an empty folder or a file that is no image."""
     folders = [Path(path) for path in paths if os.path.isdir(path)]
     names = [folder.name for folder in folders]
     sets = [sorted(f for f in folder.iterdir() if not fsdm.hidden(f.name)) for folder in folders]

@@ -2,13 +2,14 @@
 
     python train.py                                   # the demo: 12 minutes on two CPU cores
     python train.py --max_steps 0 --preset reference  # the parameter table, nothing else
-    python train.py --dataset my_photos --max_hours 2 --out_dir runs/mine
+    python train.py --dataset my_photos --noise_offset 0 --max_hours 2 --out_dir runs/mine
     python train.py --preset t4 --dataset cifar100 --download --max_hours 8.5
     torchrun --standalone --nproc_per_node=2 train.py --preset t4 ...     # two GPUs
 
 Leaves in --out_dir: ckpt.pt (every five minutes, before a picture and at the end), log.jsonl (every number
-printed, and more), and every --save_interval steps samples_<step>.png, classes never trained on, support
-on the left and samples on the right. The same command again goes on from ckpt.pt.
+printed, and more), and every --save_interval steps and at the end samples_<step>.png, classes never
+trained on, support on the left and samples on the right. The same command again goes on from ckpt.pt.
+Of the flags below, those without a default take the preset's value.
 """
 import collections
 import copy
@@ -45,7 +46,7 @@ SAVE_SECONDS = 300                      # most seconds between two checkpoints
 
 @dataclass
 class Run:
-    preset: Literal[tuple(fsdm.PRESETS)] = None             # shape and recipe to start from (demo)
+    preset: Literal[tuple(fsdm.PRESETS)] = None # shape and recipe (demo; reference for a whole shape)
     dataset: str = None             # glyphs, cifar100, omniglot, mnist, celeba, a folder or an .npz
     data_dir: str = "data"          # where torchvision's files of a named data set lie
     download: bool = False          # fetch a named data set when it is not in data_dir
@@ -61,7 +62,7 @@ class Run:
     cooldown: float = None          # share of the run, at its end, over which it falls to 0 again
     weight_decay: float = 0.01      # share of lr by which weights shrink a step
     grad_clip: float = 1.0          # largest norm of the whole gradient
-    noise_offset: float = None      # standard deviation of offset noise, a shift of each channel
+    noise_offset: float = None      # size of a random shift of each channel's noise
     kl_weight: float = 1e-6         # of a variational context's KL in the loss
     ema_decay: float = None         # of the averaged weights, after their warm-up
     max_steps: int = None           # no limit with max_hours alone; 0: only print the sizes
@@ -320,7 +321,8 @@ class Training:
         write_whole(path, write)
 
     def load(self, path):
-        """Goes on from a checkpoint -> its step. ValueError names the flags that differ."""
+        """Goes on from a checkpoint -> its step. ValueError names the flags that differ, or says why the
+        file cannot be resumed."""
         try:
             saved = fsdm.read_checkpoint(path)
             known = vars(Config()) | saved["config"]        # it may be older than a field
@@ -372,9 +374,9 @@ def parameter_table(model):
 
 @torch.no_grad()
 def validate(model, split, sets, batches, seed, dtype):
-    """Loss on unseen classes with fixed sets, times and noise, and the context gain: how much larger
-    the loss is when each set is generated from the context of another class (None when there is only
-    one)."""
+    """Loss on unseen classes with fixed sets, times and noise, without an offset, and the context gain:
+    how much larger the loss is when each set is generated from the context of another class (None when
+    there is only one)."""
     config, device = model.config, split.images.device
     K = config.sample_size
     own, other = [], []                                     # errors [B, K] of every batch
@@ -610,7 +612,7 @@ def main(argv=None):
                          f"in {args.accumulate} part(s) each: choose a multiple of {parts}")
     dtype, reason = fsdm.choose_precision(device, args.precision)
     if device.type == "cpu" and largest(dtype == torch.bfloat16):
-        dtype = torch.bfloat16                              # in all processes, each of which has timed its own
+        dtype = torch.bfloat16          # in all processes: each has timed its own CPU
     compiled, why = fsdm.choose_compile(device, args.no_compile)
     print(f"preset {args.preset}, {world} x {device}, {str(dtype)[6:]} ({reason}), "
           f"{'compiled' if compiled else 'eager'} ({why})")

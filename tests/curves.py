@@ -1,4 +1,5 @@
-"""Measures a trained model on classes it never saw: with 1, 2, 5 and 10 support images, and with every sampler.
+"""Measures a trained model on classes it never saw: with 1, 2, 5 and 10 support images, and with every sampler
+but ddpm_beta, under the model's default guidance.
 
     python tests/curves.py runs/omniglot/ckpt.pt omniglot_28.npz weights.pth 1000         # 1000 support: no samplers
 
