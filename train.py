@@ -46,7 +46,7 @@ SAVE_SECONDS = 300                      # most seconds between two checkpoints
 
 @dataclass
 class Run:
-    preset: Literal[tuple(fsdm.PRESETS)] = None # shape and recipe (demo; reference for a whole shape)
+    preset: Literal[tuple(fsdm.PRESETS)] = None  # shape and recipe (demo; of a whole shape, reference)
     dataset: str = None             # glyphs, cifar100, omniglot, mnist, celeba, a folder or an .npz
     data_dir: str = "data"          # where torchvision's files of a named data set lie
     download: bool = False          # fetch a named data set when it is not in data_dir
