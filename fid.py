@@ -154,7 +154,7 @@ def load_inception(weights=None, dims=2048, device="cpu"):
     weights: a file, or None for torch's hub cache or else a download. dims: 64, 192, 768 or 2048.
     The model says what it was made of: .dims, .weights_file, .weights_sha256 (8 digits). FIDError in one sentence."""
     try:
-        torch.empty(0, device=device)
+        torch.ones(1, device=device).item()     # a kernel must run, too
     except (RuntimeError, AssertionError) as error:
         raise FIDError(f"device {device} cannot be used here", error) from error
 
@@ -202,7 +202,7 @@ class Side:
     n: int | None           # images measured; None if a statistics file does not say
     mu: np.ndarray          # [D] float64
     sigma: np.ndarray       # [D, D] float64
-    kept: np.ndarray        # [5000 or fewer, D] float32, for KID, precision and recall; a file has none
+    kept: np.ndarray        # [images kept, D] float32, for KID, precision and recall; [] of a file
     unreadable: list        # one string a file that could not be read
     weights: str            # SHA-256 prefix of the network behind it
 

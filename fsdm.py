@@ -233,7 +233,7 @@ class DepthwiseConv(nn.Conv2d):
     """A 3x3 convolution of the grid of tokens, each channel by itself (Chu et al. 2021): it lets
     neighbouring patches meet before attention does."""
     def __init__(self, width):
-        super().__init__(width, width, 3, padding=1, groups=width)
+        super().__init__(width, width, 3, groups=width)
         self.weight = nn.Parameter(self.weight[:, 0])       # [D, 3, 3]: DDP warns of a side of one
 
     def forward(self, x):                                   # [B, N, D]
@@ -845,7 +845,7 @@ def split_by_name(names):
     """-> the part of each class: 70/10/20 percent in the order of the names' SHA-1, at least one class
     each. Raises ValueError for fewer than three."""
     if len(names) < 3:
-        raise ValueError(f"{len(names)} class(es) found: at least 3 are needed, one each to train, "
+        raise ValueError(f"{len(names)} class(es) to split: at least 3 are needed, one each to train, "
                          "validate and test")
     names = [name.encode(errors="surrogateescape") for name in names]   # folders may have any bytes
     order = sorted(range(len(names)), key=lambda c: hashlib.sha1(names[c]).digest())
@@ -1034,16 +1034,16 @@ def npz(path, size, download):
     return images, labels.astype(int), names, parts
 
 
-def read_npz(path, names, most=2 ** 34):
+def read_npz(path, names):
     """-> {name: array} of those that are there. ValueError when the file is no .npz of plain arrays,
-    or they would unpack to more than `most` bytes."""
+    or they would unpack to more than 16 GiB."""
     try:
         with zipfile.ZipFile(path) as file:
             size = sum(member.file_size for member in file.infolist())
-        if size > most:
-            raise ValueError(f"it unpacks to {size / 2 ** 30:,.0f} GiB, more than {most / 2 ** 30:.0f}")
+        if size > 2 ** 34:
+            raise ValueError(f"it unpacks to {size / 2 ** 30:,.0f} GiB, more than 16")
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in names if name in file}
+            return {name: np.asarray(file[name]) for name in names if name in file}
     except Exception as error:                              # numpy and zipfile fail in many ways
         raise ValueError(f"{path} cannot be read as an .npz of plain arrays: {error}") from None
 
@@ -1135,10 +1135,9 @@ def read_split(pictures, labels, names, keep, size, channels):
     return Split(images, offsets, [names[c] for c in keep], int(counts.max(initial=0)))
 
 
-def check_data(data, sample_size, parts=("train", "val")):
+def check_data(data, sample_size):
     """Raises ValueError when a part has no class, or a class fewer than `sample_size` images."""
-    for part in parts:
-        split = data[part]
+    for part, split in data.items():
         if not split.names:
             raise ValueError(f"the data set has no {part} classes: it needs more, to train, validate "
                              "and test")
@@ -1171,7 +1170,7 @@ def to_picture(source, size, channels, prepare=None):
         raise ValueError(f"{source} cannot be read as an image: {error}") from None
 
 
-def to_square(image, size, channels, prepare=None):
+def to_square(image, size, channels, prepare):
     """A PIL image of any mode and size -> uint8 [C, size, size]."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):                   # 16-bit grey: PIL would clip it, not scale it

@@ -125,8 +125,8 @@ def evaluate(model, split, inception, num=2000, K=5, shared_pool=False, seed=0, 
     """Scores against references of the same classes, for the generated images and for both ends of
     the scale: the support images returned as they are, and other real images. options: of generate.
 
-    -> {"generated" | "support returned" | "other real images": what fid.compare says, and
-    nearest_support, right_class}, and the recipe. nearest_support: the mean distance to the nearest
+    -> {"generated" | "support returned" | "other real images": the numbers of fid.compare,
+    nearest_support and right_class}, and the recipe. nearest_support: the mean distance to the nearest
     image of the own support, in features; near zero it copies. Raises ValueError and fid.FIDError
     as its parts do."""
     questions = draw_questions(split, K, num, seed, shared_pool)
@@ -176,7 +176,7 @@ def right_class(x, real, classes, ways=20):
 
 
 def table(scores):
-    """What evaluate returns -> lines of text."""
+    """The scores of evaluate -> lines of text."""
     places = dict(fid=2, kid=5, kid_spread=5, precision=3, recall=3, nearest_support=3,
                   right_class=3)
     lines = [" " * 18 + "".join(f"{column:>17}" for column in places)]
@@ -224,7 +224,7 @@ def main(argv=None):
         write_images(model, K, args, options)
 
 
-def read_support(paths, shape, prepare=None):
+def read_support(paths, shape, prepare):
     """Image files, which are one set together, and folders of them, which are one each -> uint8
     [S, K, C, H, W] and the names of the sets; K is the number of images in the smallest. Raises
     ValueError for an empty folder or a file that is no image."""
@@ -249,8 +249,9 @@ def crop_to_drawing(image):
     pixels are repeated. Drawn is what differs from its surroundings, not from one colour: light may
     fall unevenly on the paper."""
     image.thumbnail((1024, 1024))                           # of a long strip the square would be vast
-    pixels = np.asarray(image.convert("RGB"))               # [H, W, 3]
-    surroundings = image.convert("RGB").filter(ImageFilter.GaussianBlur(max(image.size) / 8))
+    colour = image.convert("RGB")
+    pixels = np.asarray(colour)                             # [H, W, 3]
+    surroundings = colour.filter(ImageFilter.GaussianBlur(max(image.size) / 8))
     contrast = np.abs(pixels.astype(int) - np.asarray(surroundings)).max(2)
     drawn = 2 * contrast >= contrast.max()                  # bool [H, W]
     y, x = np.nonzero(drawn)
@@ -299,7 +300,7 @@ def write_images(model, K, args, options):
         support, names = read_support(args.support, shape, crop_to_drawing if args.crop else None)
     else:
         data = fsdm.load_data(args.dataset, args.data_dir, *shape, args.download, [args.split])
-        fsdm.check_data(data, K, [args.split])
+        fsdm.check_data(data, K)
         support, names = fsdm.draw_support(data[args.split], args.sets, K, args.seed, SETS)
     support = support.to(model.alpha_bar.device)            # [S, K, C, H, W]
     with new_folder(args.out_dir) as out:
@@ -343,6 +344,8 @@ def write_scores(model, K, args, options):
             for note in how["notes"]:
                 print(f"note: {note}")
             (out / "scores.json").write_text(json.dumps(dict(report, recipe=recipe), indent=1))
+    if not report:
+        raise ValueError(f"{args.dataset} has no class to score: neither unseen nor training ones")
     print(f"\n{out / 'scores.json'} holds the scores with their recipe")
 
 

@@ -99,8 +99,8 @@ RECIPES = {
 
 
 def parse_args(argv=None):
-    """-> (a namespace of Run's fields, Config). When a value makes no sense it exits with code 2 or
-    raises ValueError or OSError, with one sentence."""
+    """-> (a namespace of Run's fields and of Config's where these are given, Config). When a value
+    makes no sense it exits with code 2 or raises ValueError or OSError, with one sentence."""
     p = fsdm.make_parser(__doc__, Run)
     fsdm.add_flags(p, Config, "reference: ")
     p.add_argument("--context_channels", dest="hdim", type=int, help="another name of --hdim, VFSDDPM's; the last one counts")
@@ -405,7 +405,7 @@ def diagnostics(training, batch):
     unclip = (training.norm / training.args.grad_clip).clamp(min=1)
 
     def norm(part):
-        return torch.stack([p.grad.norm() for p in part.parameters()]).norm() * unclip
+        return torch.nn.utils.get_total_norm([p.grad for p in part.parameters()]) * unclip
 
     found = {"dit_grad_norm": norm(model.denoiser)}
     for i, block in enumerate(model.denoiser.blocks[:3]):
@@ -488,13 +488,13 @@ class Log:
             say(f"{self.path} lacks this line: {error.strerror}; training goes on")
 
 
-def start_wandb(args):
+def start_wandb(args, config):
     """-> wandb with a run begun, or None if not asked for. Raises ValueError when there is none."""
     if not args.use_wandb:
         return None
     try:
         import wandb
-        wandb.init(project="fsdm", name=args.out_dir, config=vars(args))
+        wandb.init(project="fsdm", name=args.out_dir, config=vars(args) | vars(config))
         return wandb
     except Exception as error:          # not installed, not logged in, no network
         raise ValueError(f"--use_wandb: {error} (pip install wandb, wandb login, or leave the flag "
@@ -636,7 +636,7 @@ def main(argv=None):
     ckpt = out / "ckpt.pt"
     if rank == 0:
         inception = inception_or_none(args, device) if args.compute_fid else None
-        log = Log(out / "log.jsonl", step, source.with_name("log.jsonl"), start_wandb(args))
+        log = Log(out / "log.jsonl", step, source.with_name("log.jsonl"), start_wandb(args, config))
         log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.batch_size} sets of "
             f"{config.sample_size} images a step",
             step=step, args=vars(args), config=vars(config), device=str(device),
@@ -684,7 +684,7 @@ def main(argv=None):
             all_steps = (args.max_steps - step) * elapsed / (step - first)      # in seconds
             left = min(all_steps, limit - elapsed) / 60 if progress < 1 else 0
             said = f"step {step:>7,}  loss {loss:.4f}  {rate:,.0f} images/s  {left:,.0f} min left"
-            said += f"  KL {kl:.2f}" if kl else ""
+            said += f"  KL {kl:.2f}" if kl > 0 else ""
             said += f"  {skipped:.0f} steps skipped: not finite" if skipped else ""
             debug = diagnostics(training, next(batches(step - 1))) if args.debug else {}
             log(said, step=step, loss=loss, kl=kl, grad_norm=norm, skipped=skipped, lr=lr,

@@ -46,6 +46,7 @@ ROWS = [
     (f"{TRAIN} --dataset pickled.npz", "cannot be read as an .npz"),
     (f"{TRAIN} --dataset truncated.npz", "cannot be read as an .npz"),
     (f"{TRAIN} --dataset vast.npz", "unpacks to"),
+    (f"{TRAIN} --dataset member.npz", "expected uint8"),
     (f"{TRAIN} --dataset odd_labels.npz", "do not fit together"),
     (f"{TRAIN} --dataset twins.npz", "no two alike"),
     (f"{TRAIN} --dataset name_table.npz", "do not fit together"),
@@ -131,7 +132,7 @@ ROWS = [
     (f"{SAMPLE} --support a.png --guidance nan", "--guidance is nan"),
     (f"{SAMPLE} --support a.png --shared_pool", "belongs to --evaluate"),
     (f"{SAMPLE} --dataset classes --crop", "the files of --support"),
-    (f"{SAMPLE} --support a.png a.png a.png a.png", "4 support images"),
+    (f"{SAMPLE} --support a.png a.png a.png a.png", "3 at most"),
     (f"{SAMPLE} --support a.png --out_dir text.npz/out", "text.npz"),
     (f"{SAMPLE} --dataset classes --k 9", "--k"),
     (f"{SAMPLE} --dataset classes --evaluate --k 3 --fid_weights weights.pth --fid_dims 64", "fewer a set (--k"),
@@ -226,6 +227,7 @@ def make_files(root):
     np.savez(root / "single.npz", images=grey[:1])
     with zipfile.ZipFile(root / "member.npz", "w") as file:
         file.writestr("images", "no array")
+        file.writestr("labels", "no array")
     (root / "truncated.npz").write_bytes((root / "images.npz").read_bytes()[:500])
     np.savez(root / "vast.npz", images=grey, labels=np.arange(12), a=grey, b=grey, c=grey)
     parts = (root / "vast.npz").read_bytes().split(b"PK\1\2")          # the zip's directory says 4 GiB of each

@@ -27,7 +27,8 @@ import gpu_day
 import kill
 import speed
 import train
-from test_train import open_gates, write_glyphs
+from test_fsdm import opened
+from test_train import write_glyphs
 
 INERT = HERE.parent / "shared" / "fakecuda" / "run"
 
@@ -224,7 +225,7 @@ def prepare(flags, device, dtype):
     args, config = train.parse_args([*flags, "--grad_clip", "1e9"])
     torch.manual_seed(0)
     model = fsdm.FSDM(config)
-    open_gates(model)
+    opened(model)
     batch = train.draw_batch(speed.random_split(config, "cpu"), 2, config, fsdm.rng("cpu", 0), args.noise_offset)
     batch = [part if part is None else part.to(device) for part in batch]
     return train.Training(model.to(device), args, dtype), batch

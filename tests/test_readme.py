@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
@@ -78,20 +76,6 @@ def test_a_part_can_be_lifted_out_as_the_readme_says(block):
         assert scope["losses"][-1] < scope["losses"][0] / 2
 
 
-def test_there_are_commands_to_check():
-    assert {name for command in COMMANDS for name in re.findall(r"(\w+)\.py", command)} >= {"train", "sample", "fid"}
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_parses(command):
-    for part in re.split(r"&&|\|", command.split("#")[0]):
-        words = shlex.split(part)
-        for program in (train, sample, fid):
-            name = f"{program.__name__}.py"
-            if name in words:
-                program.parse_args(words[words.index(name) + 1:])
-
-
 def test_the_readme_can_be_read_in_ten_minutes():
     assert len(README.split()) <= 1700
 
@@ -137,11 +121,6 @@ def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path, monkeypatc
     assert ran.count("train") >= 8 and ran.count("sample") >= 6 and ran.count("fid") >= 1
 
 
-def test_the_usual_way_of_the_speed_comparison_computes_the_same_loss(capsys):
-    speed.main(["--preset", "demo", *TINY.split()])                                 # asserts it
-    assert re.search(r"ours [\d.]+.*, [\d.]+ times", capsys.readouterr().out)
-
-
 @pytest.mark.parametrize("text, folder", [(README, HERE), (RESULTS, HERE / "assets")], ids=["README", "RESULTS"])
 def test_every_file_that_is_shown_or_linked_is_here(text, folder):
     for path in re.findall(r"\]\((?!http|#)([^)#]+)\)", text):
@@ -167,9 +146,7 @@ def test_the_predicted_speed_of_a_t4_is_its_counted_arithmetic():
             model = fsdm.FSDM(config).to("meta")
             batch = (torch.zeros(1, K, *shape, dtype=torch.uint8), torch.ones(1, K, K, dtype=torch.bool),
                      torch.zeros(1, K, dtype=torch.long), torch.zeros(1, K, *shape))
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            model(*batch)[0].mean().backward()
-        flops = counter.get_total_flops() / K
+        flops = speed.flops(model, batch)
         assert float(counted) == pytest.approx(flops / 1e9, rel=0.005)
         assert predicted == "" or int(predicted) == round(0.3 * 65e12 / flops)
 

@@ -20,6 +20,7 @@ import fsdm
 import release
 import sample
 import train
+from test_fsdm import opened
 
 HERE = Path(__file__).parent.parent
 CONFIG = fsdm.Config(image_size=8, patch_size=4, encoder_patch_size=4, sample_size=4, hidden_size=24, hdim=24, depth=2,
@@ -29,10 +30,7 @@ CONFIG = fsdm.Config(image_size=8, patch_size=4, encoder_patch_size=4, sample_si
 @pytest.fixture(scope="session")
 def ckpt(tmp_path_factory):
     torch.manual_seed(0)
-    model = fsdm.FSDM(CONFIG)
-    for p in model.parameters():
-        if not p.any():
-            torch.nn.init.normal_(p, std=0.2)
+    model = opened(fsdm.FSDM(CONFIG))
     path = tmp_path_factory.mktemp("ckpt") / "ckpt.pt"
     ema = model.state_dict()
     raw = {name: 1.1 * p for name, p in ema.items()}
@@ -281,10 +279,10 @@ def test_the_questions_are_fair():
         sample.draw_questions(split, 6, 12, seed=0)
 
 
-def random_inception(path, dims):
+def random_inception(path):
     """A weights file of the right shape whose features differ from image to image."""
     torch.manual_seed(0)
-    torch.save(fid.Inception(dims).state_dict(), path)
+    torch.save(fid.Inception(64).state_dict(), path)
     return str(path)
 
 
@@ -292,7 +290,7 @@ def test_the_unconditional_baseline_answers_the_same_questions(tmp_path, few_gly
     config = dataclasses.replace(CONFIG, encoder="none", context_dropout=0.0)
     model = fsdm.FSDM(config)
     torch.save(dict(config=dataclasses.asdict(config), ema=model.state_dict()), tmp_path / "ckpt.pt")
-    weights = random_inception(tmp_path / "w.pth", 64)
+    weights = random_inception(tmp_path / "w.pth")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "scores.json").write_text("mine")
     sample.main(["--ckpt", str(tmp_path / "ckpt.pt"), "--dataset", "glyphs", "--evaluate", "--num", "12", "--k", "3",
@@ -311,7 +309,7 @@ def test_the_right_class_is_counted_among_twenty_at_a_time():
 
 
 def test_the_evaluation_tells_the_ends_of_the_scale_apart(ckpt, tmp_path, capsys, few_glyphs):
-    weights = random_inception(tmp_path / "w.pth", 64)
+    weights = random_inception(tmp_path / "w.pth")
     sample.main(["--ckpt", ckpt, "--dataset", "glyphs", "--evaluate", "--num", "24", "--k", "3", "--steps", "2",
                  "--fid_weights", weights, "--fid_dims", "64", "--out_dir", str(tmp_path / "out")])
     report = json.load(open(tmp_path / "out" / "scores.json"))
@@ -333,7 +331,7 @@ def test_training_classes_too_small_to_score_lose_no_scores(ckpt, tmp_path, caps
             folder.mkdir(parents=True)
             for i in range(images):
                 Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"{i}.png")
-    weights = random_inception(tmp_path / "w.pth", 64)
+    weights = random_inception(tmp_path / "w.pth")
     sample.main(["--ckpt", ckpt, "--dataset", str(tmp_path / "data"), "--evaluate", "--num", "6", "--k", "3", "--steps",
                  "2", "--fid_weights", weights, "--fid_dims", "64", "--out_dir", str(tmp_path / "out")])
     said = capsys.readouterr().out

@@ -28,6 +28,7 @@ import kill
 import sample
 import speed
 import train
+from test_fsdm import opened
 
 HERE = Path(__file__).parent.parent
 SMALL = """--preset demo --image_size 8 --patch_size 4 --encoder_patch_size 4 --hidden_size 32 --hdim 32
@@ -77,13 +78,6 @@ def state(training):
     """All that a step changes, by value."""
     return copy.deepcopy([training.model.state_dict(), training.ema.state_dict(),
                           [optimizer.state_dict() for optimizer in training.optimizers], training.totals])
-
-
-def open_gates(model):
-    """What begins at zero lets nothing through, and every comparison would be one of zeros."""
-    for p in model.parameters():
-        if not p.any():
-            torch.nn.init.normal_(p, std=0.2)
 
 
 class Clock:
@@ -302,7 +296,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace_but_is_counted(split, dtype, 
     (training, config), (twin, _) = (begin("--optimizer", optimizer, dtype=dtype) for _ in range(2))
     for each in (training, twin):                                           # at 2^16 honest gradients overflow here
         each.scaler = torch.amp.GradScaler("cpu", 2.0 ** 8, enabled=dtype == torch.float16)
-    open_gates(training.model)
+    opened(training.model)
     twin.model.load_state_dict(training.model.state_dict())
     spoilt = [training.model.denoiser.blocks[0].mlp[0].weight]              # one optimizer's, if there are two
     if fault == "the norm overflows":
@@ -414,7 +408,8 @@ def test_vfsddpms_command_lines_are_the_reference_and_the_wide_model(capsys):
     assert train.parse_args(["--hidden_size", "96"])[0].preset == "demo"            # a part of a model names none
     assert config == fsdm.Config() and args.use_wandb is True and args.optimizer == "adamw" and args.ema_decay == 0.999
     train.main(VFSDDPM)
-    assert "43,509,900" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert all(number in said for number in ("43,509,900", "32,735,628", "10,774,272", "31,938,048", "147,840"))
     wide = [*VFSDDPM, "--hidden_size", "450", "--depth", "6", "--num_heads", "9", "--hdim", "450",
             "--context_channels", "450"]
     for ratio, total in (("4.0", "37,739,262"), ("3.0", "35,306,562")):
@@ -429,12 +424,6 @@ def test_one_width_has_two_names_and_a_bottleneck_is_said(capsys):
     assert "bottleneck" in said and "98,688" in said
 
 
-def test_max_steps_0_prints_the_table(capsys):
-    train.main(["--preset", "reference", "--max_steps", "0"])
-    said = capsys.readouterr().out
-    assert all(number in said for number in ("43,509,900", "32,735,628", "10,774,272", "31,938,048", "147,840"))
-
-
 def test_wandb_is_imported_only_when_asked_for(glyph_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)                         # as if it were not installed
     run(glyph_file, tmp_path / "a", "--max_steps", "2")
@@ -443,7 +432,7 @@ def test_wandb_is_imported_only_when_asked_for(glyph_file, tmp_path, monkeypatch
     assert not (tmp_path / "b").exists()
     heard = []
     fake = type(sys)("wandb")
-    fake.init, fake.log, fake.Error = lambda **_: None, lambda record, step: heard.append((step, record)), OSError
+    fake.init, fake.log = lambda **_: None, lambda record, step: heard.append((step, record))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     run(glyph_file, tmp_path / "b", "--max_steps", "2", "--use_wandb")
     assert [step for step, record in heard if "loss" in record] == [2]
@@ -513,7 +502,7 @@ def test_the_context_gain_is_zero_when_the_context_is_ignored_and_not_otherwise(
     training, config = begin()
     model = training.model.eval()                                           # its gates are closed: nothing gets through
     assert train.validate(model, split, 4, 2, 0, torch.float32)["context_gain"] == 0
-    open_gates(model)
+    opened(model)
     first, second = (train.validate(model, split, 4, 2, 0, torch.float32) for _ in range(2))
     assert first["context_gain"] != 0 and first == second                   # and its noise is always the same
 
@@ -583,7 +572,7 @@ def test_a_gpu_without_kernels_is_known(capability, works):
 def test_the_step_compiles_as_one_graph_and_agrees_with_eager(split):
     training, config = begin()
     model = training.model
-    open_gates(model)
+    opened(model)
     batch = train.draw_batch(split, 2, config, fsdm.rng("cpu", 0), 0.1)
     eager, names = model(*batch)[0], list(model.state_dict())
     fsdm.compile_in_place(model, torch.float32)
@@ -805,9 +794,6 @@ def test_restart_moves_the_old_run_aside_and_resume_goes_on_from_elsewhere(glyph
     straight = run(glyph_file, tmp_path / "b", "--max_steps", "8")
     assert kill.same(straight, run(glyph_file, tmp_path / "c", *flags))
     assert kill.losses(tmp_path / "c") == kill.losses(tmp_path / "b")       # the log came along
-    with pytest.raises(OSError):
-        run(glyph_file, tmp_path / "d", "--resume", str(tmp_path / "nothing.pt"))
-    assert not (tmp_path / "d").exists()
 
 
 # ---- Several processes, parts of a batch.
@@ -894,8 +880,3 @@ def test_two_processes_with_a_compiled_step_equal_one_that_is_eager(glyph_file, 
     one = run(glyph_file, tmp_path / "one", *flags, "--accumulate", "2")
     two = load(tmp_path / "two")
     assert far(two["model"], one["model"]) < 1e-4 and far(two["ema"], one["ema"]) < 1e-4
-
-
-def test_a_batch_that_cannot_be_shared_is_refused(glyph_file, tmp_path):
-    with pytest.raises(ValueError, match="multiple of 3"):
-        run(glyph_file, tmp_path / "out", "--max_steps", "1", "--accumulate", "3")
