@@ -617,10 +617,10 @@ class FSDM(nn.Module):
         error = (out - target).square().mean((2, 3, 4))     # [B, K]
         return error, torch.zeros_like(error) if context is None else context.kl
 
-    def denoise(self, x, t, alpha, sigma, context, guidance=1.0):
+    def denoise(self, x, t, alpha, sigma, context, guidance=1.0, low=-1.0, high=1.0):
         """x [B, 1, C, H, W] at the noise level (t, alpha, sigma), numbers -> the predicted x0,
-        float32 [B, 1, C, H, W], clipped a little beyond [-1, 1]: the errors on white paper would
-        otherwise all be to the dark side, and add up from step to step.
+        float32 [B, 1, C, H, W], clipped a little beyond [low, high], numbers or [B, 1, C, 1, 1]: the
+        errors on white paper would otherwise all be to the dark side, and add up from step to step.
 
         A context of two targets, of which the second sees nothing, asks for guidance s:
         out = out_empty + s (out_support - out_empty)   (Ho and Salimans 2022). It leads where there
@@ -634,7 +634,8 @@ class FSDM(nn.Module):
         if targets == 2:
             given, empty = out.chunk(2, dim=1)
             out = empty + guidance * (given - empty)
-        return self.prediction.to_x0(x, out, alpha, sigma).clamp(-1.05, 1.05)
+        margin = 0.025 * (high - low)
+        return self.prediction.to_x0(x, out, alpha, sigma).clamp(low - margin, high + margin)
 
 
 # ---- Samplers: from noise x, of any shape, to x0. denoise(x, t, alpha, sigma) -> the predicted x0;
@@ -731,10 +732,20 @@ def generate(model, support, n, sampler="2m_sde", steps=20, guidance=None, seed=
             context_noise = image_noise(seed, CONTEXT, numbers, shape, images.device)()
         with autocast(images.device, dtype):
             context = model.read(images, sees, context_noise)       # once, not at every step
-            denoise = partial(model.denoise, context=context, guidance=guidance)
+            low, high = colour_range(model, images)
+            denoise = partial(model.denoise, context=context, guidance=guidance, low=low, high=high)
             x = SAMPLERS[sampler](denoise, draw(), model.alpha_bar64, steps, draw, **options)
-        made.append(to_bytes(x))
+        made.append(to_bytes(x.clamp(low, high)))
     return torch.cat(made).view(S, n, *picture)
+
+
+def colour_range(model, images):
+    """Images [B, K, C, H, W] in [-1, 1] -> the least and the greatest value in each channel of a set,
+    [B, 1, C, 1, 1] each: samples stay between them, or guidance leads them to other papers and inks. A
+    model without encoder does not look: -1.0 and 1.0."""
+    if model.encoder is None:
+        return -1.0, 1.0
+    return images.amin((1, 3, 4), keepdim=True), images.amax((1, 3, 4), keepdim=True)
 
 
 def image_noise(seed, stream, numbers, shape, device):
@@ -749,9 +760,9 @@ def image_noise(seed, stream, numbers, shape, device):
 
 
 def best_guidance(config):
-    """2: its samples are the class that was shown 1.4 times as often as with 1, at the same KID
+    """3: its samples are the class that was shown 1.5 times as often as with 1, at about the same KID
     (assets/RESULTS.md). It takes a model that was trained without support now and then."""
-    return 2.0 if config.context_dropout and config.encoder != "none" else 1.0
+    return 3.0 if config.context_dropout and config.encoder != "none" else 1.0
 
 
 def check_request(model, support, guidance, draw_context):

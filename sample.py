@@ -8,7 +8,7 @@
 
 Writes to a new folder, --out_dir: grid.png (support | samples), images/00000.png and on, and
 samples.npz (arr_0 uint8 NHWC); with --evaluate scores.json alone. Everything about the model comes from
-the checkpoint.
+the checkpoint. In every channel samples are no darker and no lighter than the images of their support.
 """
 import json
 import os
@@ -46,7 +46,7 @@ class Request:
     sampler: Literal[tuple(fsdm.SAMPLERS)] = "2m_sde"       # ddpm in 250 steps is as good, and slow
     steps: int = 20                 # evaluations of the network per image
     eta: float = None               # noise of ddim: 0 none, 1 as much as ddpm
-    guidance: float = None          # 1: none; above: closer to the support; 2 where the model allows it
+    guidance: float = None          # 1: none; above: closer to the support; 3 where the model allows it
     draw_context: bool = False      # draw a variational context anew for every image
     seed: int = 0                   # image i is a function of (seed, i)
     weights: Literal["ema", "raw"] = "ema"                  # the averaged or the last weights

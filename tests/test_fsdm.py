@@ -571,9 +571,27 @@ def test_guidance_is_a_line_from_the_empty_support_to_the_given_one_while_there_
             fsdm.generate(untrained, pictures(1, 1), 1, guidance=2.0)
 
 
-@pytest.mark.parametrize("fields, best", [(dict(context_dropout=0.1), 2.0), (dict(), 1.0),
+def test_samples_keep_to_the_colours_of_their_support(monkeypatch):
+    model, support = tiny(encoder="image", context_dropout=0.1), pictures(3, 2) // 4 + 90          # 90 .. 153
+    support[1], support[2, :, 0] = 77, 40
+    asked = []
+    denoise = model.denoise
+    monkeypatch.setattr(model, "denoise", lambda *args, **how: asked.append(denoise(*args, **how)) or asked[-1])
+    made = fsdm.generate(model, support, 4, steps=5)
+    for channel, shown in zip(made.unbind(2), support.unbind(2)):
+        assert (channel.amin((1, 2, 3)) >= shown.amin((1, 2, 3))).all()
+        assert (channel.amax((1, 2, 3)) <= shown.amax((1, 2, 3))).all()
+    assert (made[1] == 77).all() and (made[2, :, 0] == 40).all()                    # of one colour: nothing else
+    beyond = torch.cat(asked).unflatten(0, (5, 3, 4))[:, 0]                         # of the first support, in signals
+    assert beyond.amin() >= (90 - 2) / 127.5 - 1 and beyond.amax() <= (153 + 2) / 127.5 - 1
+    assert beyond[-1].amin() < 90 / 127.5 - 1                                       # a little is left to repair
+    free = tiny(encoder="none")
+    assert torch.equal(fsdm.generate(free, support, 4, steps=5), fsdm.generate(free, pictures(3, 2), 4, steps=5))
+
+
+@pytest.mark.parametrize("fields, best", [(dict(context_dropout=0.1), 3.0), (dict(), 1.0),
                                           (dict(context_dropout=0.1, encoder="none"), 1.0)])
-def test_guidance_left_out_is_2_where_the_model_was_trained_without_support_now_and_then(fields, best):
+def test_guidance_left_out_is_3_where_the_model_was_trained_without_support_now_and_then(fields, best):
     model, support = tiny(**{"encoder": "image", **fields}), pictures(1, 2)
     made = fsdm.generate(model, support, 2, steps=4)
     assert fsdm.best_guidance(model.config) == best

@@ -128,7 +128,7 @@ def test_nothing_that_is_there_is_written_over_or_deleted(ckpt, tmp_path):
     ds = tmp_path / "ds"
     (ds / "images").mkdir(parents=True)
     for i in range(10):
-        Image.new("RGB", (9, 9), (20 * i, 0, 0)).save(ds / "images" / f"{i:05d}.png")
+        Image.linear_gradient("L").resize((9, 9)).rotate(10 * i).save(ds / "images" / f"{i:05d}.png")
     (ds / "samples.npz").write_text("mine")
     before = files(ds)
     for seed in range(3):
@@ -319,7 +319,7 @@ def test_the_evaluation_tells_the_ends_of_the_scale_apart(ckpt, tmp_path, capsys
         assert rows["other real images"]["nearest_support"] > 0 and rows["generated"]["nearest_support"] > 0
         assert rows["other real images"]["kid"] < rows["generated"]["kid"]  # this model was never trained
     recipe = report["test"]["recipe"]
-    assert recipe["seed"] == 0 and recipe["k"] == 3 and recipe["steps"] == "2" and recipe["guidance"] == "2.0"
+    assert recipe["seed"] == 0 and recipe["k"] == 3 and recipe["steps"] == "2" and recipe["guidance"] == "3.0"
     assert recipe["protocol"] == "references disjoint from the supports" and report["recipe"]["model"]["depth"] == 2
     assert "unseen classes" in capsys.readouterr().out
 
