@@ -529,8 +529,8 @@ def cosine_schedule(T):
 SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
 
 
-# target: what the network learns to output; to_x0: its inverse, affine in `out`, so that guidance may
-# mix outputs of any kind. Losses of different predictions cannot be compared.
+# target: what the network learns to output; to_x0: its inverse. Losses of different predictions cannot
+# be compared.
 
 class PredictNoise:
     """DDPM, eq. 14 and 15."""
@@ -622,20 +622,30 @@ class FSDM(nn.Module):
         float32 [B, 1, C, H, W], clipped a little beyond [low, high], numbers or [B, 1, C, 1, 1]: the
         errors on white paper would otherwise all be to the dark side, and add up from step to step.
 
-        A context of two targets, of which the second sees nothing, asks for guidance s:
-        out = out_empty + s (out_support - out_empty)   (Ho and Salimans 2022). It leads where there
-        is more noise than image; later it stains more than it helps   (Kynkaanniemi et al. 2024)."""
+        A context of two targets, of which the second sees nothing, asks for guidance. It leads where
+        there is more noise than image; later it stains more than it helps   (Kynkaanniemi et al. 2024)."""
         if context is not None and alpha > sigma:
             context = context._replace(vector=context.vector[:, :1], mask=context.mask[:, :1])
         targets = 1 if context is None else context.vector.shape[1]
         both = x.expand(-1, targets, -1, -1, -1)
         times = torch.full(both.shape[:2], t, device=x.device)
         out = self.denoiser(both, times, context).float()
+        x0 = self.prediction.to_x0(x, out, alpha, sigma)
         if targets == 2:
-            given, empty = out.chunk(2, dim=1)
-            out = empty + guidance * (given - empty)
+            x0 = guide(*x0.chunk(2, dim=1), guidance)
         margin = 0.025 * (high - low)
-        return self.prediction.to_x0(x, out, alpha, sigma).clamp(low - margin, high + margin)
+        return x0.clamp(low - margin, high + margin)
+
+
+def guide(given, empty, guidance):
+    """Predictions of x0 with the support and without, [B, 1, C, H, W] each -> one that is further from
+    the second, empty + guidance (given - empty)   (Ho and Salimans 2022). Grey paper would turn to dark
+    patches: each channel keeps its mean, and the contrast grows less   (Lin et al. 2024, phi = 0.7)."""
+    led = empty + guidance * (given - empty)
+    mean, led_mean = given.mean((3, 4), keepdim=True), led.mean((3, 4), keepdim=True)
+    led = led - led_mean
+    contrast = (given - mean).std((2, 3, 4), keepdim=True) / led.std((2, 3, 4), keepdim=True)
+    return mean + (0.7 * contrast + 0.3) * led
 
 
 # ---- Samplers: from noise x, of any shape, to x0. denoise(x, t, alpha, sigma) -> the predicted x0;

@@ -557,18 +557,34 @@ def test_a_model_without_encoder_minds_no_patches_of_one():
         Config(encoder="image", image_size=28, patch_size=4, encoder_patch_size=8)
 
 
-def test_guidance_is_a_line_from_the_empty_support_to_the_given_one_while_there_is_more_noise_than_image():
+def test_guidance_leads_away_from_the_empty_support_while_there_is_more_noise_than_image():
     model = tiny(encoder="image", mode_conditioning="lag", context_dropout=0.1)
     x, support = torch.randn(1, 1, 3, 8, 8) / 4, torch.randn(1, 3, 3, 8, 8)
     given, none = torch.ones(1, 1, 3, dtype=torch.bool), torch.zeros(1, 1, 3, dtype=torch.bool)
     a, b = (model.denoiser(x, torch.full((1, 1), 9.5), model.read(support, sees)) for sees in (given, none))
     context = model.read(support, torch.cat([given, none], 1))
-    for out, alpha, sigma in ((b + 1.7 * (a - b), 0.6, 0.8), (a, 0.8, 0.6)):
-        x0 = ((x - sigma * out) / alpha).clamp(-1.05, 1.05)
-        assert torch.allclose(model.denoise(x, 9.5, alpha, sigma, context, 1.7), x0, atol=1e-5)
+    for guided, alpha, sigma in ((True, 0.6, 0.8), (False, 0.8, 0.6)):
+        x0, empty = (((x - sigma * out) / alpha) for out in (a, b))
+        if guided:
+            x0 = fsdm.guide(x0, empty, 1.7)
+        assert torch.allclose(model.denoise(x, 9.5, alpha, sigma, context, 1.7), x0.clamp(-1.05, 1.05), atol=1e-5)
     for untrained in (tiny(encoder="image"), tiny(encoder="none", context_dropout=0.1)):
         with pytest.raises(ValueError, match="not trained for it"):
             fsdm.generate(untrained, pictures(1, 1), 1, guidance=2.0)
+
+
+def test_what_is_guided_keeps_its_colours_and_most_of_its_contrast():
+    given, empty = torch.randn(2, 2, 1, 3, 8, 8).double()
+    mean = given.mean((3, 4), keepdim=True)
+    assert torch.allclose(fsdm.guide(given, empty, 1.0), given)
+    for guidance in (2.0, 5.0):
+        made, line = fsdm.guide(given, empty, guidance), empty + guidance * (given - empty)
+        assert torch.allclose(made.mean((3, 4), keepdim=True), mean)
+        line = line - line.mean((3, 4), keepdim=True)
+        ratio = (made - mean) / line
+        assert torch.allclose(ratio, ratio[:, :, :1, :1, :1].expand_as(ratio))          # one direction, ...
+        spreads = [part.std((2, 3, 4)) for part in (made - mean, given - mean, line)]
+        assert torch.allclose(spreads[0], 0.7 * spreads[1] + 0.3 * spreads[2])          # ... a shorter way
 
 
 def test_samples_keep_to_the_colours_of_their_support(monkeypatch):
