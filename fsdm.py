@@ -724,7 +724,8 @@ def generate(model, support, n, sampler="2m_sde", steps=20, guidance=None, seed=
     guidance: 1: none; above: closer to the support; None: best_guidance
     draw_context: every image has its own draw of a variational context, not the mean
     dtype: to multiply in; batch_size: images at a time; options: of the sampler, as eta of ddim
-    -> uint8 [S, n, C, H, W]. ValueError when the model cannot do what is asked."""
+    -> uint8 [S, n, C, H, W], in every channel no darker and no lighter than the support. ValueError when
+    the model cannot do what is asked."""
     guidance = best_guidance(model.config) if guidance is None else guidance
     check_request(model, support, guidance, draw_context)
     S, K, *picture = support.shape

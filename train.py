@@ -99,8 +99,8 @@ RECIPES = {
 
 
 def parse_args(argv=None):
-    """-> (a namespace of Run's fields and of Config's where these are given, Config). When a value
-    makes no sense it exits with code 2 or raises ValueError or OSError, with one sentence."""
+    """-> (a namespace of Run's fields, and of Config's as they were typed, None if they were not; Config).
+    When a value makes no sense it exits with code 2 or raises ValueError or OSError, with one sentence."""
     p = fsdm.make_parser(__doc__, Run)
     fsdm.add_flags(p, Config, "reference: ")
     p.add_argument("--context_channels", dest="hdim", type=int, help="another name of --hdim, VFSDDPM's; the last one counts")

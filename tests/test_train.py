@@ -432,10 +432,12 @@ def test_wandb_is_imported_only_when_asked_for(glyph_file, tmp_path, monkeypatch
     assert not (tmp_path / "b").exists()
     heard = []
     fake = type(sys)("wandb")
-    fake.init, fake.log = lambda **_: None, lambda record, step: heard.append((step, record))
+    fake.init, fake.log = MagicMock(), lambda record, step: heard.append((step, record))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     run(glyph_file, tmp_path / "b", "--max_steps", "2", "--use_wandb")
     assert [step for step, record in heard if "loss" in record] == [2]
+    settings = fake.init.call_args.kwargs["config"]
+    assert settings["fourier_features"] is True and settings["lr"] == 3e-3          # the preset's, not typed
 
 
 def test_debug_tells_whether_the_context_is_used_and_gradients_arrive(glyph_file, tmp_path):
