@@ -568,6 +568,23 @@ def to_bytes(x):
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
 
+class Colours(NamedTuple):
+    """Samples stay among the values of their support, or guidance leads them to other papers and inks:
+    of each channel, [B, 1, C, 1, 1] or numbers, the least value and the greatest, and of the means of
+    the support's images the least and the greatest."""
+    low: torch.Tensor = -1.0
+    high: torch.Tensor = 1.0
+    low_mean: torch.Tensor = -1.0
+    high_mean: torch.Tensor = 1.0
+
+
+def colours_of(images):
+    """Images [B, K, C, H, W] in [-1, 1] -> Colours."""
+    low, high = images.amin((1, 3, 4), keepdim=True), images.amax((1, 3, 4), keepdim=True)
+    means = images.mean((3, 4), keepdim=True)               # [B, K, C, 1, 1]
+    return Colours(low, high, means.amin(1, keepdim=True), means.amax(1, keepdim=True))
+
+
 class FSDM(nn.Module):
     """A set encoder and a denoiser. forward is what a loss is made of; read and denoise are for
     samplers."""
@@ -617,10 +634,10 @@ class FSDM(nn.Module):
         error = (out - target).square().mean((2, 3, 4))     # [B, K]
         return error, torch.zeros_like(error) if context is None else context.kl
 
-    def denoise(self, x, t, alpha, sigma, context, guidance=1.0, low=-1.0, high=1.0):
+    def denoise(self, x, t, alpha, sigma, context, guidance=1.0, colours=Colours()):
         """x [B, 1, C, H, W] at the noise level (t, alpha, sigma), numbers -> the predicted x0,
-        float32 [B, 1, C, H, W], clipped a little beyond [low, high], numbers or [B, 1, C, 1, 1]: the
-        errors on white paper would otherwise all be to the dark side, and add up from step to step.
+        float32 [B, 1, C, H, W], clipped a little beyond the colours: the errors on white paper would
+        otherwise all be to the dark side, and add up from step to step.
 
         A context of two targets, of which the second sees nothing, asks for guidance. It leads where
         there is more noise than image; later it stains more than it helps   (Kynkaanniemi et al. 2024)."""
@@ -632,20 +649,23 @@ class FSDM(nn.Module):
         out = self.denoiser(both, times, context).float()
         x0 = self.prediction.to_x0(x, out, alpha, sigma)
         if targets == 2:
-            x0 = guide(*x0.chunk(2, dim=1), guidance)
-        margin = 0.025 * (high - low)
-        return x0.clamp(low - margin, high + margin)
+            x0 = guide(*x0.chunk(2, dim=1), guidance, colours)
+        margin = 0.025 * (colours.high - colours.low)
+        return x0.clamp(colours.low - margin, colours.high + margin)
 
 
-def guide(given, empty, guidance):
+def guide(given, empty, guidance, colours):
     """Predictions of x0 with the support and without, [B, 1, C, H, W] each -> one that is further from
     the second, empty + guidance (given - empty)   (Ho and Salimans 2022). Grey paper would turn to dark
-    patches: each channel keeps its mean, and the contrast grows less   (Lin et al. 2024, phi = 0.7)."""
+    patches: the means of channels stay among those of the support's images, and the contrast is 1.3
+    times what it is with the support alone (1.0 in Lin et al. 2024, section 3.4). That prediction is an
+    average of all that may come, fainter than any of it, and strokes left faint would break."""
     led = empty + guidance * (given - empty)
-    mean, led_mean = given.mean((3, 4), keepdim=True), led.mean((3, 4), keepdim=True)
+    led_mean = led.mean((3, 4), keepdim=True)               # [B, 1, C, 1, 1]
     led = led - led_mean
-    contrast = (given - mean).std((2, 3, 4), keepdim=True) / led.std((2, 3, 4), keepdim=True)
-    return mean + (0.7 * contrast + 0.3) * led
+    given = given - given.mean((3, 4), keepdim=True)
+    contrast = 1.3 * given.std((2, 3, 4), keepdim=True) / led.std((2, 3, 4), keepdim=True)
+    return led_mean.clamp(colours.low_mean, colours.high_mean) + contrast * led
 
 
 # ---- Samplers: from noise x, of any shape, to x0. denoise(x, t, alpha, sigma) -> the predicted x0;
@@ -743,20 +763,12 @@ def generate(model, support, n, sampler="2m_sde", steps=20, guidance=None, seed=
             context_noise = image_noise(seed, CONTEXT, numbers, shape, images.device)()
         with autocast(images.device, dtype):
             context = model.read(images, sees, context_noise)       # once, not at every step
-            low, high = colour_range(model, images)
-            denoise = partial(model.denoise, context=context, guidance=guidance, low=low, high=high)
+            # a model without encoder does not look at the support
+            colours = Colours() if model.encoder is None else colours_of(images)
+            denoise = partial(model.denoise, context=context, guidance=guidance, colours=colours)
             x = SAMPLERS[sampler](denoise, draw(), model.alpha_bar64, steps, draw, **options)
-        made.append(to_bytes(x.clamp(low, high)))
+        made.append(to_bytes(x.clamp(colours.low, colours.high)))
     return torch.cat(made).view(S, n, *picture)
-
-
-def colour_range(model, images):
-    """Images [B, K, C, H, W] in [-1, 1] -> the least and the greatest value in each channel of a set,
-    [B, 1, C, 1, 1] each: samples stay between them, or guidance leads them to other papers and inks. A
-    model without encoder does not look: -1.0 and 1.0."""
-    if model.encoder is None:
-        return -1.0, 1.0
-    return images.amin((1, 3, 4), keepdim=True), images.amax((1, 3, 4), keepdim=True)
 
 
 def image_noise(seed, stream, numbers, shape, device):
@@ -771,9 +783,9 @@ def image_noise(seed, stream, numbers, shape, device):
 
 
 def best_guidance(config):
-    """3: its samples are more often what was shown than those of 1 or 2, at about the same KID
+    """4: its samples are more often what was shown than those of less, at about the same KID
     (assets/RESULTS.md). It takes a model that was trained without support now and then."""
-    return 3.0 if config.context_dropout and config.encoder != "none" else 1.0
+    return 4.0 if config.context_dropout and config.encoder != "none" else 1.0
 
 
 def check_request(model, support, guidance, draw_context):
