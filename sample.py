@@ -46,7 +46,7 @@ class Request:
     sampler: Literal[tuple(fsdm.SAMPLERS)] = "2m_sde"       # ddpm in 250 steps is as good, and slow
     steps: int = 20                 # evaluations of the network per image
     eta: float = None               # noise of ddim: 0 none, 1 as much as ddpm
-    guidance: float = None          # 1: none; above: closer to the support; 4 where the model allows it
+    guidance: float = None          # 1: none; above: closer to the support; 3 where the model allows it
     draw_context: bool = False      # draw a variational context anew for every image
     seed: int = 0                   # image i is a function of (seed, i)
     weights: Literal["ema", "raw"] = "ema"                  # the averaged or the last weights

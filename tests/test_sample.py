@@ -319,7 +319,7 @@ def test_the_evaluation_tells_the_ends_of_the_scale_apart(ckpt, tmp_path, capsys
         assert rows["other real images"]["nearest_support"] > 0 and rows["generated"]["nearest_support"] > 0
         assert rows["other real images"]["kid"] < rows["generated"]["kid"]  # this model was never trained
     recipe = report["test"]["recipe"]
-    assert recipe["seed"] == 0 and recipe["k"] == 3 and recipe["steps"] == "2" and recipe["guidance"] == "4.0"
+    assert recipe["seed"] == 0 and recipe["k"] == 3 and recipe["steps"] == "2" and recipe["guidance"] == "3.0"
     assert recipe["protocol"] == "references disjoint from the supports" and report["recipe"]["model"]["depth"] == 2
     assert "unseen classes" in capsys.readouterr().out
 
