@@ -657,9 +657,9 @@ class FSDM(nn.Module):
 def guide(given, empty, guidance, colours):
     """Predictions of x0 with the support and without, [B, 1, C, H, W] each -> one that is further from
     the second, empty + guidance (given - empty)   (Ho and Salimans 2022). Grey paper would turn to dark
-    patches: the means of channels stay among those of the support's images, and the contrast is 1.3
-    times what it is with the support alone (1.0 in Lin et al. 2024, section 3.4). That prediction is an
-    average of all that may come, fainter than any of it, and strokes left faint would break."""
+    patches: the means of channels stay among those of the support's images, and the contrast follows
+    that of the prediction with the support (after Lin et al. 2024, section 3.4). It is 1.3 times as
+    large, since a prediction is an average of all that may come, and strokes left faint would break."""
     led = empty + guidance * (given - empty)
     led_mean = led.mean((3, 4), keepdim=True)               # [B, 1, C, 1, 1]
     led = led - led_mean
