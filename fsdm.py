@@ -571,18 +571,21 @@ def to_bytes(x):
 class Colours(NamedTuple):
     """Samples stay among the values of their support, or guidance leads them to other papers and inks:
     of each channel, [B, 1, C, 1, 1] or numbers, the least value and the greatest, and of the means of
-    the support's images the least and the greatest."""
+    the support's images the least and the greatest. contrast, [B, 1, 1, 1, 1] or a number: the standard
+    deviation of an image's values about the means of its channels, on average."""
     low: torch.Tensor = -1.0
     high: torch.Tensor = 1.0
     low_mean: torch.Tensor = -1.0
     high_mean: torch.Tensor = 1.0
+    contrast: torch.Tensor = 1.0
 
 
 def colours_of(images):
     """Images [B, K, C, H, W] in [-1, 1] -> Colours."""
     low, high = images.amin((1, 3, 4), keepdim=True), images.amax((1, 3, 4), keepdim=True)
     means = images.mean((3, 4), keepdim=True)               # [B, K, C, 1, 1]
-    return Colours(low, high, means.amin(1, keepdim=True), means.amax(1, keepdim=True))
+    contrast = (images - means).std((2, 3, 4), keepdim=True).mean(1, keepdim=True)
+    return Colours(low, high, means.amin(1, keepdim=True), means.amax(1, keepdim=True), contrast)
 
 
 class FSDM(nn.Module):
@@ -657,15 +660,14 @@ class FSDM(nn.Module):
 def guide(given, empty, guidance, colours):
     """Predictions of x0 with the support and without, [B, 1, C, H, W] each -> one that is further from
     the second, empty + guidance (given - empty)   (Ho and Salimans 2022). Grey paper would turn to dark
-    patches: the means of channels stay among those of the support's images, and the contrast follows
-    that of the prediction with the support (after Lin et al. 2024, section 3.4). It is 1.3 times as
-    large, since a prediction is an average of all that may come, and strokes left faint would break."""
+    patches: the means of channels stay among those of the support's images, and the contrast is rescaled
+    (after Lin et al. 2024, section 3.4) to 1.2 times that of the support's images. A prediction, an
+    average of all that may come, is fainter, and strokes left faint would break."""
     led = empty + guidance * (given - empty)
     led_mean = led.mean((3, 4), keepdim=True)               # [B, 1, C, 1, 1]
     led = led - led_mean
-    given = given - given.mean((3, 4), keepdim=True)
-    contrast = 1.3 * given.std((2, 3, 4), keepdim=True) / led.std((2, 3, 4), keepdim=True)
-    return led_mean.clamp(colours.low_mean, colours.high_mean) + contrast * led
+    scale = 1.2 * colours.contrast / led.std((2, 3, 4), keepdim=True)
+    return led_mean.clamp(colours.low_mean, colours.high_mean) + scale * led
 
 
 # ---- Samplers: from noise x, of any shape, to x0. denoise(x, t, alpha, sigma) -> the predicted x0;
