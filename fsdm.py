@@ -785,7 +785,7 @@ def image_noise(seed, stream, numbers, shape, device):
 
 
 def best_guidance(config):
-    """3: its samples are more often what was shown than those of 1 or 2, at about the same KID
+    """3: its samples are more often what was shown than those of 1 or 2, at a slightly higher KID
     (assets/RESULTS.md). It takes a model that was trained without support now and then."""
     return 3.0 if config.context_dropout and config.encoder != "none" else 1.0
 
