@@ -3,7 +3,7 @@
     python fid.py REAL FAKE                          two folders, or .npz files of uint8 images
     python fid.py REAL --save_stats real.npz         compute one side once ...
     python fid.py real.npz FAKE                      ... and use it again (FID only: KID needs the features)
-    python fid.py REAL FAKE --dims 768 --weights fid_inception_2015_upto_mixed6e.pth
+    python fid.py REAL FAKE --dims 768 --weights weights.pth
 
 FID is the Frechet distance between Gaussians fitted to Inception features (Heusel et al. 2017, arXiv:1706.08500).
 The reference is pytorch-fid, and through it TensorFlow's Inception of 2015-12-05: on the same 8-bit RGB images

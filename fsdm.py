@@ -58,7 +58,7 @@ class Config:
     image_size: int = 32                 # pixels a side; sources are cropped square and resized
     in_channels: int = 3                 # 1 grey, 3 RGB
     sample_size: int = 6                 # images per set; each is generated from the others
-    denoiser: str = "dit"                # a key of DENOISERS: dit, or conv, which knows the time only
+    denoiser: str = "dit"                # dit, or conv, which knows the time only
     patch_size: int = 2                  # pixels a side of one token
     hidden_size: int = 384               # width of the denoiser
     depth: int = 12                      # blocks of the DiT, or convolutions
@@ -66,7 +66,7 @@ class Config:
     mlp_ratio: float = 4.0               # width of the DiT's MLP over hidden_size
     fourier_features: bool = False       # show the DiT sines of its input: faint noise, made visible
     depthwise_conv: bool = False         # a 3x3 depthwise convolution in front of every DiT block
-    encoder: str = "stacked"             # what reads the support, a key of ENCODERS, or none
+    encoder: str = "stacked"             # what reads the support: stacked, image or none
     encoder_depth: int = 6               # blocks of the set encoder
     encoder_patch_size: int = 2          # pixels a side of one context token
     hdim: int = 384                      # width of the set encoder and of its context
@@ -76,7 +76,7 @@ class Config:
     vary_support: bool = False           # train on 1 .. sample_size - 1 of the others, not on all
     diffusion_steps: int = 250           # T
     schedule: str = "linear"             # linear or cosine: how alpha_bar falls with t
-    prediction: str = "noise"            # the network's output, a key of PREDICTIONS
+    prediction: str = "noise"            # what the network predicts: noise or v
 
     def __post_init__(self):
         """Raises ValueError with one sentence that names the field when the values make no sense."""
@@ -746,8 +746,8 @@ def generate(model, support, n, sampler="2m_sde", steps=20, guidance=None, seed=
     guidance: 1: none; above: closer to the support; None: best_guidance
     draw_context: every image has its own draw of a variational context, not the mean
     dtype: to multiply in; batch_size: images at a time; options: of the sampler, as eta of ddim
-    -> uint8 [S, n, C, H, W], in every channel no darker and no lighter than the support. ValueError when
-    the model cannot do what is asked."""
+    -> uint8 [S, n, C, H, W], in every channel no darker and no lighter than a support that is read.
+    ValueError when the model cannot do what is asked."""
     guidance = best_guidance(model.config) if guidance is None else guidance
     check_request(model, support, guidance, draw_context)
     S, K, *picture = support.shape
@@ -1072,7 +1072,7 @@ def npz(path, size, download):
 
 def read_npz(path, names):
     """-> {name: array} of those that are there. ValueError when the file is no .npz of plain arrays,
-    or they would unpack to more than 16 GiB."""
+    or would unpack to more than 16 GiB."""
     try:
         with zipfile.ZipFile(path) as file:
             size = sum(member.file_size for member in file.infolist())

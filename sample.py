@@ -87,7 +87,7 @@ def parse_args(argv=None):
         p.error("--evaluate needs --dataset, for classes with real images to compare with")
     if args.eta is not None and not (args.sampler == "ddim" and 0 <= args.eta <= 1):
         p.error(f"--eta is {args.eta}: expected 0, no noise, to 1, as much as ddpm, with --sampler ddim")
-    fsdm.check_least(p, args, sets=1, num=1, steps=1, batch_size=1, k=1, seed=0, guidance=0)
+    fsdm.check_least(p, args, sets=1, num=1, steps=1, batch_size=1, k=1, seed=0, guidance=1)
     return args
 
 
@@ -130,7 +130,7 @@ def evaluate(model, split, inception, num=2000, K=5, shared_pool=False, seed=0, 
     image of the own support, in features; near zero it copies. Raises ValueError and fid.FIDError
     as its parts do."""
     questions = draw_questions(split, K, num, seed, shared_pool)
-    support, reference, other = (split.images[q.to(split.images.device)] for q in questions)
+    support, reference, other = (split.images[q] for q in questions)
     first = questions[0][:, 0].contiguous()
     classes = torch.searchsorted(split.offsets.cpu(), first, right=True)    # [S], from 1
     n = questions[0].numel()
@@ -316,7 +316,7 @@ def write_images(model, K, args, options):
 
 
 def write_scores(model, K, args, options):
-    """Scores on classes never trained on and on training classes: a table on screen, and scores.json
+    """Scores on test classes and on training classes of a data set: a table on screen, and scores.json
     with its recipe."""
     device, config = model.alpha_bar.device, model.config
     recipe = dict(vars(args), ckpt_sha256=fid.sha256(args.ckpt)[:8], device=str(device),
@@ -324,7 +324,7 @@ def write_scores(model, K, args, options):
     inception = fid.load_inception(args.fid_weights, args.fid_dims, str(device))
     data = fsdm.load_data(args.dataset, args.data_dir, config.image_size, config.in_channels,
                           args.download, ("test", "train"))
-    report, meanings = {}, dict(test="unseen classes", train="in distribution: training classes")
+    report, meanings = {}, dict(test="test classes", train="training classes of this data set")
     with new_folder(args.out_dir) as out:
         for part, meaning in meanings.items():
             if not data[part].names:

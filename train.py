@@ -9,7 +9,8 @@
 Leaves in --out_dir: ckpt.pt (every five minutes, before a picture and at the end), log.jsonl (every number
 printed, and more), and every --save_interval steps and at the end samples_<step>.png, classes never
 trained on, support on the left and samples on the right. The same command again goes on from ckpt.pt.
-Of the flags below, those without a default take the preset's value.
+A flag below without a default, or with that of the reference, takes the preset's value: PRESETS in
+fsdm.py, RECIPES in train.py.
 """
 import collections
 import copy
@@ -67,7 +68,7 @@ class Run:
     ema_decay: float = None         # of the averaged weights, after their warm-up
     max_steps: int = None           # no limit with max_hours alone; 0: only print the sizes
     max_hours: float = None         # after so many hours this command has saved all and ended
-    log_interval: int = None        # steps between log lines; half a minute at most
+    log_interval: int = None        # steps between log lines; one comes every half minute anyway
     save_interval: int = None       # steps between pictures
     num_eval_batches: int = 10      # batches of unseen classes in a validation
     num_sample_batches: int = 2     # batches of 4 support sets in a picture
@@ -103,7 +104,8 @@ def parse_args(argv=None):
     When a value makes no sense it exits with code 2 or raises ValueError or OSError, with one sentence."""
     p = fsdm.make_parser(__doc__, Run)
     fsdm.add_flags(p, Config, "reference: ")
-    p.add_argument("--context_channels", dest="hdim", type=int, help="another name of --hdim, VFSDDPM's; the last one counts")
+    p.add_argument("--context_channels", dest="hdim", type=int,
+                   help="another name of --hdim, VFSDDPM's; the last one counts")
     args = p.parse_args(argv)
     given = {name for name, value in vars(args).items() if value is not None}
     if args.restart and args.resume:
@@ -120,10 +122,12 @@ def parse_args(argv=None):
 
     fsdm.check_least(
         p, args, batch_size=1, accumulate=1, log_interval=1, save_interval=1, num_eval_batches=1,
-        num_sample_batches=1, max_steps=0, warmup_steps=0, lr=1e-12, max_hours=1e-12,
+        num_sample_batches=1, fid_num_samples=4, max_steps=0, warmup_steps=0, lr=1e-12, max_hours=1e-12,
         grad_clip=1e-12, weight_decay=0, noise_offset=0, kl_weight=0, ema_decay=0, cooldown=0, seed=0)
     if max(args.ema_decay, args.cooldown) > 1:
         p.error(f"--ema_decay is {args.ema_decay}, --cooldown {args.cooldown}: each is at most 1")
+    if args.init and args.restart and Path(args.out_dir).resolve() in Path(args.init).resolve().parents:
+        p.error("--restart would move the file of --init away: pass another --out_dir")
 
     shape = {name: getattr(args, name) for name in given if hasattr(Config, name)}
     config = Config(**fsdm.PRESETS[args.preset])
@@ -331,8 +335,9 @@ class Training:
                        optimizer=self.args.optimizer)
             differ = [f"--{k} {then[k]} (now {now[k]})" for k in now if then[k] != now[k]]
             if differ:
-                raise ValueError(f"{path} was trained with {', '.join(differ)}: pass the same, "
-                                 "another --out_dir, or --restart")
+                raise ValueError(f"{path} was trained with {', '.join(differ)}: pass the same, or "
+                                 "begin anew, with --init in place of --resume, another --out_dir "
+                                 "or --restart")
             self.model.load_state_dict(saved["model"])
             self.ema.load_state_dict(saved["ema"])
             for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
@@ -716,7 +721,8 @@ def main(argv=None):
         signal.signal(signal.SIGINT, signal.default_int_handler)    # all is saved: Ctrl-C ends it at once
         look(training, data["val"], step, sets, inception, log)
     wait_for_all()                                          # nobody leaves before the last save
-    more = " with a larger --max_steps" if step >= args.max_steps else ""
+    more = " without --restart" if args.restart else ""
+    more += " with a larger --max_steps" if step >= args.max_steps else ""
     say(f"stopped at step {step:,} after {(time.perf_counter() - started) / 60:.1f} minutes; the same "
         f"command{more} goes on, python sample.py --ckpt {ckpt} --support IMAGES generates")
 

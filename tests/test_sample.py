@@ -321,7 +321,7 @@ def test_the_evaluation_tells_the_ends_of_the_scale_apart(ckpt, tmp_path, capsys
     recipe = report["test"]["recipe"]
     assert recipe["seed"] == 0 and recipe["k"] == 3 and recipe["steps"] == "2" and recipe["guidance"] == "3.0"
     assert recipe["protocol"] == "references disjoint from the supports" and report["recipe"]["model"]["depth"] == 2
-    assert "unseen classes" in capsys.readouterr().out
+    assert "test classes" in capsys.readouterr().out
 
 
 def test_training_classes_too_small_to_score_lose_no_scores(ckpt, tmp_path, capsys):
@@ -335,7 +335,7 @@ def test_training_classes_too_small_to_score_lose_no_scores(ckpt, tmp_path, caps
     sample.main(["--ckpt", ckpt, "--dataset", str(tmp_path / "data"), "--evaluate", "--num", "6", "--k", "3", "--steps",
                  "2", "--fid_weights", weights, "--fid_dims", "64", "--out_dir", str(tmp_path / "out")])
     said = capsys.readouterr().out
-    assert "\nin distribution: training classes: " in said and "holds the scores" in said
+    assert "\ntraining classes of this data set: " in said and "holds the scores" in said
     assert json.load(open(tmp_path / "out" / "scores.json")).keys() == {"test", "recipe"}
 
 

@@ -787,9 +787,10 @@ def test_init_with_other_shapes_is_one_sentence(glyph_file, tmp_path):
         run(glyph_file, tmp_path / "b", "--max_steps", "2", "--init", str(tmp_path / "a" / "ckpt.pt"), "--hdim", "64")
 
 
-def test_restart_moves_the_old_run_aside_and_resume_goes_on_from_elsewhere(glyph_file, tmp_path):
+def test_restart_moves_the_old_run_aside_and_resume_goes_on_from_elsewhere(glyph_file, tmp_path, capsys):
     old = run(glyph_file, tmp_path / "a", "--max_steps", "4")
     new = run(glyph_file, tmp_path / "a", "--max_steps", "2", "--restart")
+    assert "the same command without --restart with a larger --max_steps goes on" in capsys.readouterr().out
     assert new["step"] == 2 and kill.same(old, load(tmp_path / "a_1"))
     assert (tmp_path / "a_1" / "log.jsonl").exists()
     flags = ("--max_steps", "8", "--resume", str(tmp_path / "a_1" / "ckpt.pt"))
