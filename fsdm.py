@@ -177,7 +177,8 @@ class Attention(nn.Module):
     """The tokens of an image look at each other and, if there is a context, at its tokens as well.
 
     x is [B * n, N, D], the n targets of each of B sets in turn; keys_values [B, M, 2, heads, d] is
-    made of their context by the method of that name; mask, bool [B, n, M]: who may look at what."""
+    made of their context by the method of that name; mask [B, n, M]: who may look at what, bool or, for
+    a token that weighs less than another, 0 .. 1."""
     def __init__(self, width, heads, context_width=None):
         super().__init__()
         self.heads = heads
@@ -200,13 +201,15 @@ class Attention(nn.Module):
             kv = torch.cat([kv, context], 1)                # [B * n, N + M, 2, heads, d]
             # at its own tokens an image always looks
             look = F.pad(mask.flatten(0, 1), (x.shape[1], 0), value=True)[:, None, None]
+            if look.is_floating_point():
+                look = look.log()                           # what softmax makes a factor
         k, v = kv.unbind(2)                                 # [B * n, N + M, heads, d] each
         return self.out(attend(q, k, v, look))              # [B * n, N, D]
 
 
 def attend(q, k, v, mask=None):
-    """q [B, N, heads, d], k and v [B, M, heads, d], mask bool [B, 1, 1 or N, M] (True: may look)
-    -> [B, N, heads * d]."""
+    """q [B, N, heads, d], k and v [B, M, heads, d], mask [B, 1, 1 or N, M] bool (True: may look) or added
+    to the products -> [B, N, heads * d]."""
     d = q.shape[-1]
     q, k, v = (pad_head(h).transpose(1, 2) for h in (q, k, v))      # [B, heads, N or M, d]
     with cpu_kernel(k):
@@ -418,7 +421,7 @@ class Context(NamedTuple):
     """What a DiT is told about the support of B sets with n targets each."""
     vector: torch.Tensor        # [B, n, hdim]
     keys_values: list           # for each block [B, M, 2, heads, d], or None under film
-    mask: torch.Tensor          # bool [B, n, M]: the tokens that a target may look at
+    mask: torch.Tensor          # [B, n, M]: the tokens that a target may look at, bool or weights
     kl: torch.Tensor            # float32 [B, n]: of a variational context, else 0
 
 
@@ -605,11 +608,12 @@ class FSDM(nn.Module):
         self.register_buffer("alpha_bar", self.alpha_bar64.float(), persistent=False)
 
     def read(self, images, sees, noise=None):
-        """Images [B, K, C, H, W] in [-1, 1], and who sees whom, bool [B, n, K] -> Context, or None
-        without encoder. noise: for a variational context [B, n + M or more, hdim]; None: its mean."""
+        """Images [B, K, C, H, W] in [-1, 1], and who sees whom [B, n, K], bool or, for an ImageEncoder,
+        weights 0 .. 1 -> Context, or None without encoder. noise: for a variational context
+        [B, n + M or more, hdim]; None: its mean."""
         if self.encoder is None:
             return None
-        vector, tokens, mask = self.encoder(images, sees)   # [B, n, D], [B, M, D], bool [B, n, M]
+        vector, tokens, mask = self.encoder(images, sees)   # [B, n, D], [B, M, D], [B, n, M]
         if self.config.mode_conditioning == "film":
             tokens, mask = tokens[:, :0], mask[:, :, :0]    # the vector alone
         kl = vector.new_zeros(vector.shape[:2], dtype=torch.float32)
@@ -758,19 +762,49 @@ def generate(model, support, n, sampler="2m_sde", steps=20, guidance=None, seed=
         images = to_signal(support[numbers // n])           # [B, K, C, H, W], each image's own support
         sees = torch.ones(len(images), targets, K, dtype=torch.bool, device=images.device)
         sees[:, 1:] = False
+        views = views_of(images)                            # [B, VIEWS * K, C, H, W]
         draw = image_noise(seed, SAMPLING, numbers, (1, *picture), images.device)
         context_noise = None
         if draw_context:
-            shape = context_noise_shape(model.config, max(targets, K))
+            shape = context_noise_shape(model.config, max(targets, K * VIEWS))
             context_noise = image_noise(seed, CONTEXT, numbers, shape, images.device)()
         with autocast(images.device, dtype):
-            context = model.read(images, sees, context_noise)       # once, not at every step
+            # once, not at every step
+            clear = noisy = model.read(images, sees, context_noise)
+            if isinstance(model.encoder, ImageEncoder):
+                noisy = model.read(views, sees.repeat(1, 1, VIEWS) / VIEWS, context_noise)
             # a model without encoder does not look at the support
             colours = Colours() if model.encoder is None else colours_of(images)
-            denoise = partial(model.denoise, context=context, guidance=guidance, colours=colours)
+
+            def denoise(x, t, alpha, sigma):
+                # the views are a little blurred; but what is shown is decided in noise
+                context = clear if alpha > sigma else noisy
+                return model.denoise(x, t, alpha, sigma, context, guidance, colours)
+
             x = SAMPLERS[sampler](denoise, draw(), model.alpha_bar64, steps, draw, **options)
         made.append(to_bytes(x.clamp(colours.low, colours.high)))
     return torch.cat(made).view(S, n, *picture)
+
+
+# degrees, zoom, and a move along both sides, in halves of a side
+TURNS = ((8, 0.95, 0.06), (-8, 1.05, -0.06))
+VIEWS = 1 + len(TURNS)
+
+
+def views_of(images):
+    """Images [B, K, C, H, W] -> [B, VIEWS * K, C, H, W]: they, and each twice again, turned, zoomed and
+    moved a little; beyond the edge its last pixels are repeated. A model that sees more views of a thing
+    draws it more often."""
+    flat = images.flatten(0, 1).cpu()                       # MPS has no such padding
+    views = [images]
+    for degrees, zoom, move in TURNS:
+        cos = zoom * math.cos(math.radians(degrees))
+        sin = zoom * math.sin(math.radians(degrees))
+        affine = torch.tensor([[cos, -sin, move], [sin, cos, move]])
+        grid = F.affine_grid(affine.expand(len(flat), 2, 3), flat.shape, align_corners=False)
+        view = F.grid_sample(flat, grid, padding_mode="border", align_corners=False)
+        views.append(view.view_as(images).to(images.device))
+    return torch.cat(views, 1)
 
 
 def image_noise(seed, stream, numbers, shape, device):

@@ -205,9 +205,54 @@ def test_a_variational_context_is_its_mean_or_a_draw_of_its_own_for_every_image(
     assert torch.equal(mean, again) and not torch.equal(mean, drawn)
     assert (apart.int() - drawn.int()).abs().max() <= 1
     assert torch.allclose(vectors[0][0], vectors[0][1], atol=1e-5)          # one set, two images
-    assert (vectors[2][0] - vectors[2][1]).abs().amin(1).max() > 1e-4 and len(vectors) == 5
+    reads = 2 if encoder == "image" else 1                  # of the support and of its views
+    assert len(vectors) == 5 * reads
+    for vector in vectors[2 * reads:3 * reads]:
+        assert (vector[0] - vector[1]).abs().amin(1).max() > 1e-4
     with pytest.raises(ValueError, match="nothing to draw"):
         fsdm.generate(tiny(), support, 1, draw_context=True)
+
+
+@pytest.mark.parametrize("mode", ("film", "lag"))
+def test_an_image_seen_five_times_at_a_fifth_of_the_weight_counts_once(mode):
+    model = tiny(encoder="image", mode_conditioning=mode)
+    x, t, support = torch.randn(2, 1, 3, 8, 8), torch.full((2, 1), 9), torch.randn(2, 3, 3, 8, 8)
+    sees = torch.tensor([[[True, True, False]], [[False, False, False]]])
+    once = model.denoiser(x, t, model.read(support, sees))
+    assert torch.allclose(once, model.denoiser(x, t, model.read(support.repeat(1, 5, 1, 1, 1), sees.repeat(1, 1, 5) / 5)), atol=1e-5)
+    heavier = torch.cat([sees, sees * 0.2], 2)
+    if mode == "lag":
+        assert not torch.allclose(once, model.denoiser(x, t, model.read(support.repeat(1, 2, 1, 1, 1), heavier)), atol=1e-5)
+
+
+def test_views_are_the_support_and_the_same_turned_zoomed_and_moved():
+    images = torch.full((2, 3, 1, 16, 16), 0.3)
+    assert torch.allclose(fsdm.views_of(images), torch.full((2, 3 * fsdm.VIEWS, 1, 16, 16), 0.3))      # to the edge
+    images[..., 7:9, 11:13] = -1                            # a dot right of the middle
+    views = fsdm.views_of(images).unflatten(1, (fsdm.VIEWS, 3))
+    assert torch.equal(views[:, 0], images) and (views >= -1).all() and (views <= 0.3001).all()
+    place, ink = torch.arange(16) - 7.5, 0.3 - views[0, :, 0, 0]        # [VIEWS, 16, 16]
+    centres = torch.stack([(ink.sum(1) @ place), (ink.sum(2) @ place)], 1) / ink.sum((1, 2))[:, None]
+    for (degrees, zoom, move), found in zip(fsdm.TURNS, centres[1:]):
+        wanted = centres[0] - move * 8                      # what is looked at moves the other way
+        angle = math.radians(-degrees)
+        turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        assert torch.allclose(found, turn @ wanted / zoom, atol=0.3), (degrees, found)
+
+
+def test_a_sampler_sees_the_views_while_there_is_more_noise_than_image(monkeypatch):
+    model, seen = tiny(encoder="image", mode_conditioning="lag", context_dropout=0.1), []
+    denoise = model.denoise
+
+    def spy(x, t, alpha, sigma, context, *options):
+        seen.append((alpha > sigma, context.mask.shape[2]))
+        return denoise(x, t, alpha, sigma, context, *options)
+
+    monkeypatch.setattr(model, "denoise", spy)
+    for guidance in (1.0, 2.0):
+        fsdm.generate(model, pictures(1, 3), 1, steps=6, guidance=guidance)
+    tokens = 3 * (8 // model.config.encoder_patch_size) ** 2
+    assert set(seen) == {(True, tokens), (False, tokens * fsdm.VIEWS)} and len(seen) == 12
 
 
 def test_leave_one_out_drops_itself_always_and_others_as_asked():
