@@ -177,8 +177,7 @@ class Attention(nn.Module):
     """The tokens of an image look at each other and, if there is a context, at its tokens as well.
 
     x is [B * n, N, D], the n targets of each of B sets in turn; keys_values [B, M, 2, heads, d] is
-    made of their context by the method of that name; mask [B, n, M]: who may look at what, bool or, for
-    a token that weighs less than another, 0 .. 1."""
+    made of their context by the method of that name; mask, bool [B, n, M]: who may look at what."""
     def __init__(self, width, heads, context_width=None):
         super().__init__()
         self.heads = heads
@@ -201,15 +200,13 @@ class Attention(nn.Module):
             kv = torch.cat([kv, context], 1)                # [B * n, N + M, 2, heads, d]
             # at its own tokens an image always looks
             look = F.pad(mask.flatten(0, 1), (x.shape[1], 0), value=True)[:, None, None]
-            if look.is_floating_point():
-                look = look.log()                           # what softmax makes a factor
         k, v = kv.unbind(2)                                 # [B * n, N + M, heads, d] each
         return self.out(attend(q, k, v, look))              # [B * n, N, D]
 
 
 def attend(q, k, v, mask=None):
-    """q [B, N, heads, d], k and v [B, M, heads, d], mask [B, 1, 1 or N, M] bool (True: may look) or added
-    to the products -> [B, N, heads * d]."""
+    """q [B, N, heads, d], k and v [B, M, heads, d], mask bool [B, 1, 1 or N, M] (True: may look)
+    -> [B, N, heads * d]."""
     d = q.shape[-1]
     q, k, v = (pad_head(h).transpose(1, 2) for h in (q, k, v))      # [B, heads, N or M, d]
     with cpu_kernel(k):
@@ -421,7 +418,7 @@ class Context(NamedTuple):
     """What a DiT is told about the support of B sets with n targets each."""
     vector: torch.Tensor        # [B, n, hdim]
     keys_values: list           # for each block [B, M, 2, heads, d], or None under film
-    mask: torch.Tensor          # [B, n, M]: the tokens that a target may look at, bool or weights
+    mask: torch.Tensor          # bool [B, n, M]: the tokens that a target may look at
     kl: torch.Tensor            # float32 [B, n]: of a variational context, else 0
 
 
@@ -608,12 +605,11 @@ class FSDM(nn.Module):
         self.register_buffer("alpha_bar", self.alpha_bar64.float(), persistent=False)
 
     def read(self, images, sees, noise=None):
-        """Images [B, K, C, H, W] in [-1, 1], and who sees whom [B, n, K], bool or, for an ImageEncoder,
-        weights 0 .. 1 -> Context, or None without encoder. noise: for a variational context
-        [B, n + M or more, hdim]; None: its mean."""
+        """Images [B, K, C, H, W] in [-1, 1], and who sees whom, bool [B, n, K] -> Context, or None
+        without encoder. noise: for a variational context [B, n + M or more, hdim]; None: its mean."""
         if self.encoder is None:
             return None
-        vector, tokens, mask = self.encoder(images, sees)   # [B, n, D], [B, M, D], [B, n, M]
+        vector, tokens, mask = self.encoder(images, sees)   # [B, n, D], [B, M, D], bool [B, n, M]
         if self.config.mode_conditioning == "film":
             tokens, mask = tokens[:, :0], mask[:, :, :0]    # the vector alone
         kl = vector.new_zeros(vector.shape[:2], dtype=torch.float32)
@@ -772,7 +768,7 @@ def generate(model, support, n, sampler="2m_sde", steps=20, guidance=None, seed=
             # once, not at every step
             clear = noisy = model.read(images, sees, context_noise)
             if isinstance(model.encoder, ImageEncoder):
-                noisy = model.read(views, sees.repeat(1, 1, VIEWS) / VIEWS, context_noise)
+                noisy = model.read(views, sees.repeat(1, 1, VIEWS), context_noise)
             # a model without encoder does not look at the support
             colours = Colours() if model.encoder is None else colours_of(images)
 

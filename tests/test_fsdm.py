@@ -213,18 +213,6 @@ def test_a_variational_context_is_its_mean_or_a_draw_of_its_own_for_every_image(
         fsdm.generate(tiny(), support, 1, draw_context=True)
 
 
-@pytest.mark.parametrize("mode", ("film", "lag"))
-def test_an_image_seen_five_times_at_a_fifth_of_the_weight_counts_once(mode):
-    model = tiny(encoder="image", mode_conditioning=mode)
-    x, t, support = torch.randn(2, 1, 3, 8, 8), torch.full((2, 1), 9), torch.randn(2, 3, 3, 8, 8)
-    sees = torch.tensor([[[True, True, False]], [[False, False, False]]])
-    once = model.denoiser(x, t, model.read(support, sees))
-    assert torch.allclose(once, model.denoiser(x, t, model.read(support.repeat(1, 5, 1, 1, 1), sees.repeat(1, 1, 5) / 5)), atol=1e-5)
-    heavier = torch.cat([sees, sees * 0.2], 2)
-    if mode == "lag":
-        assert not torch.allclose(once, model.denoiser(x, t, model.read(support.repeat(1, 2, 1, 1, 1), heavier)), atol=1e-5)
-
-
 def test_views_are_the_support_and_the_same_turned_zoomed_and_moved():
     images = torch.full((2, 3, 1, 16, 16), 0.3)
     assert torch.allclose(fsdm.views_of(images), torch.full((2, 3 * fsdm.VIEWS, 1, 16, 16), 0.3))      # to the edge
