@@ -739,7 +739,8 @@ SAMPLERS = {"2m_sde": partial(dpm_solver, sde=True), "2m": dpm_solver, "ddim": d
 @torch.no_grad()
 def generate(model, support, n, sampler="2m_sde", steps=20, guidance=None, seed=0,
              draw_context=False, dtype=torch.float32, batch_size=64, **options):
-    """n images of what each of S support sets shows.
+    """n images of what each of S support sets shows. While there is more noise than image, and the class is
+    decided, an ImageEncoder reads views_of the support; then the support alone, which is sharper.
 
     support: uint8 [S, K, C, H, W] on the model's device (a model without encoder ignores it)
     seed: image i has its own noise, a function of (seed, i)
@@ -773,7 +774,6 @@ def generate(model, support, n, sampler="2m_sde", steps=20, guidance=None, seed=
             colours = Colours() if model.encoder is None else colours_of(images)
 
             def denoise(x, t, alpha, sigma):
-                # the views are a little blurred; but what is shown is decided in noise
                 context = clear if alpha > sigma else noisy
                 return model.denoise(x, t, alpha, sigma, context, guidance, colours)
 
