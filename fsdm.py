@@ -642,11 +642,11 @@ class FSDM(nn.Module):
         float32 [B, 1, C, H, W], clipped a little beyond the colours: the errors on white paper would
         otherwise all be to the dark side, and add up from step to step.
 
-        A context of two targets, of which the second sees nothing, asks for guidance. It leads where
-        there is more noise than image; later it stains more than it helps   (Kynkaanniemi et al. 2024)."""
-        if context is not None and alpha > sigma:
-            context = context._replace(vector=context.vector[:, :1], mask=context.mask[:, :1])
-        targets = 1 if context is None else context.vector.shape[1]
+        Guidance takes a context of two targets, of which the second sees nothing; without, guidance 1, only
+        the first counts."""
+        targets = 1 if guidance == 1 else 2
+        if context is not None:
+            context = context._replace(vector=context.vector[:, :targets], mask=context.mask[:, :targets])
         both = x.expand(-1, targets, -1, -1, -1)
         times = torch.full(both.shape[:2], t, device=x.device)
         out = self.denoiser(both, times, context).float()
@@ -740,7 +740,8 @@ SAMPLERS = {"2m_sde": partial(dpm_solver, sde=True), "2m": dpm_solver, "ddim": d
 def generate(model, support, n, sampler="2m_sde", steps=20, guidance=None, seed=0,
              draw_context=False, dtype=torch.float32, batch_size=64, **options):
     """n images of what each of S support sets shows. While there is more noise than image, and the class is
-    decided, an ImageEncoder reads views_of the support; then the support alone, which is sharper.
+    decided, guidance leads, and an ImageEncoder reads views_of the support; then it reads the support
+    alone, which is sharper.
 
     support: uint8 [S, K, C, H, W] on the model's device (a model without encoder ignores it)
     seed: image i has its own noise, a function of (seed, i)
@@ -759,7 +760,7 @@ def generate(model, support, n, sampler="2m_sde", steps=20, guidance=None, seed=
         images = to_signal(support[numbers // n])           # [B, K, C, H, W], each image's own support
         sees = torch.ones(len(images), targets, K, dtype=torch.bool, device=images.device)
         sees[:, 1:] = False
-        views = views_of(images)                            # [B, VIEWS * K, C, H, W]
+        views = views_of(images) if isinstance(model.encoder, ImageEncoder) else None
         draw = image_noise(seed, SAMPLING, numbers, (1, *picture), images.device)
         context_noise = None
         if draw_context:
@@ -768,14 +769,15 @@ def generate(model, support, n, sampler="2m_sde", steps=20, guidance=None, seed=
         with autocast(images.device, dtype):
             # once, not at every step
             clear = noisy = model.read(images, sees, context_noise)
-            if isinstance(model.encoder, ImageEncoder):
+            if views is not None:
                 noisy = model.read(views, sees.repeat(1, 1, VIEWS), context_noise)
             # a model without encoder does not look at the support
             colours = Colours() if model.encoder is None else colours_of(images)
 
             def denoise(x, t, alpha, sigma):
-                context = clear if alpha > sigma else noisy
-                return model.denoise(x, t, alpha, sigma, context, guidance, colours)
+                if alpha > sigma:       # guidance now stains more than it helps (Kynkaanniemi et al. 2024)
+                    return model.denoise(x, t, alpha, sigma, clear, colours=colours)
+                return model.denoise(x, t, alpha, sigma, noisy, guidance, colours)
 
             x = SAMPLERS[sampler](denoise, draw(), model.alpha_bar64, steps, draw, **options)
         made.append(to_bytes(x.clamp(colours.low, colours.high)))

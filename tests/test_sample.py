@@ -321,7 +321,7 @@ def test_the_evaluation_tells_the_ends_of_the_scale_apart(ckpt, tmp_path, capsys
     recipe = report["test"]["recipe"]
     assert recipe["seed"] == 0 and recipe["k"] == 3 and recipe["steps"] == "2" and recipe["guidance"] == "3.0"
     assert recipe["protocol"] == "references disjoint from the supports" and report["recipe"]["model"]["depth"] == 2
-    assert "test classes" in capsys.readouterr().out
+    assert "\ntest classes, K = 3, " in capsys.readouterr().out
 
 
 def test_training_classes_too_small_to_score_lose_no_scores(ckpt, tmp_path, capsys):
