@@ -219,6 +219,13 @@ def test_a_slow_first_step_after_a_resume_does_not_end_the_run(glyph_file, tmp_p
     assert all(record["images_per_second"] != 0 for record in records(tmp_path, "loss"))
 
 
+def test_the_minutes_left_are_those_of_the_present_pace(glyph_file, tmp_path, monkeypatch, capsys):
+    Clock(monkeypatch, lambda number: 3 if number else 1000)                # the first step is slow
+    run(glyph_file, tmp_path, "--max_steps", "210", "--log_interval", "10", "--save_interval", "1000")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("left")]
+    assert lines[1].startswith("step      10") and lines[1].endswith("  10 min left"), lines[:2]
+
+
 def test_max_hours_alone_sets_no_end_in_steps():
     def steps(*flags):
         return train.parse_args(flags)[0].max_steps
