@@ -637,6 +637,17 @@ def test_samples_keep_to_the_colours_of_their_support(monkeypatch):
     assert torch.equal(fsdm.generate(free, support, 4, steps=5), fsdm.generate(free, pictures(3, 2), 4, steps=5))
 
 
+@pytest.mark.parametrize("low, high, levels, settled", (
+    (100, 150, [90, 99, 100, 105, 107, 125, 143, 145, 150, 170], [100, 100, 100, 100, 107, 125, 143, 150, 150, 150]),
+    (0, 255, [-3, 5, 7, 248, 250, 260], [0, 0, 7, 248, 255, 255]),
+    (80, 84, [79, 81, 83, 90], [80, 80, 84, 84]),                                   # hardly any contrast
+    (80, 80, [70, 80, 90], [80, 80, 80])))
+def test_faint_stains_on_paper_and_ink_settle_and_nothing_moves_far(low, high, levels, settled):
+    levels, low, high = (torch.tensor(values) / 127.5 - 1 for values in (levels, low, high))
+    assert fsdm.to_bytes(fsdm.settle(levels, fsdm.Colours(low, high))).tolist() == settled
+    assert fsdm.to_bytes(fsdm.settle(torch.tensor([-1.1, -0.98, 0.5, 0.98]), fsdm.Colours())).tolist() == [0, 0, 191, 255]
+
+
 @pytest.mark.parametrize("fields, best", [(dict(context_dropout=0.1), 3.0), (dict(), 1.0),
                                           (dict(context_dropout=0.1, encoder="none"), 1.0)])
 def test_guidance_left_out_is_3_where_the_model_was_trained_without_support_now_and_then(fields, best):
