@@ -569,32 +569,62 @@ def to_bytes(x):
 
 
 class Colours(NamedTuple):
-    """Samples stay among the values of their support, or guidance leads them to other papers and inks:
-    of each channel, [B, 1, C, 1, 1] or numbers, the least value and the greatest, and of the means of
-    the support's images the least and the greatest. contrast, [B, 1, 1, 1, 1] or a number: the standard
-    deviation of an image's values about the means of its channels, on average."""
+    """Samples stay among the colours of their support, or guidance leads them to other papers and inks.
+    Of each channel, [B, 1, C, 1, 1] or numbers, the least value and the greatest; of the means of the
+    support's images the least and the greatest. contrast, [B, 1, 1, 1, 1] or a number: the standard
+    deviation of an image's values about the means of its channels, on average. axes, [B, C, C] or None:
+    the principal axes of all colours, in columns, and along these the least value and the greatest: one
+    ink on one paper is a line."""
     low: torch.Tensor = -1.0
     high: torch.Tensor = 1.0
     low_mean: torch.Tensor = -1.0
     high_mean: torch.Tensor = 1.0
     contrast: torch.Tensor = 1.0
+    axes: torch.Tensor = None
+    low_along: torch.Tensor = -1.0
+    high_along: torch.Tensor = 1.0
 
 
 def colours_of(images):
     """Images [B, K, C, H, W] in [-1, 1] -> Colours."""
     low, high = images.amin((1, 3, 4), keepdim=True), images.amax((1, 3, 4), keepdim=True)
     means = images.mean((3, 4), keepdim=True)               # [B, K, C, 1, 1]
+    low_mean, high_mean = means.amin(1, keepdim=True), means.amax(1, keepdim=True)
     contrast = (images - means).std((2, 3, 4), keepdim=True).mean(1, keepdim=True)
-    return Colours(low, high, means.amin(1, keepdim=True), means.amax(1, keepdim=True), contrast)
+
+    pixels = images.cpu().transpose(1, 2).flatten(2)        # [B, C, pixels]; few devices have this svd
+    axes = torch.linalg.svd(pixels - pixels.mean(2, keepdim=True), full_matrices=False).U
+    axes = axes.to(images.device)                           # [B, C, C]
+    rotated = rotate(images, axes)
+    low_along, high_along = rotated.amin((1, 3, 4), keepdim=True), rotated.amax((1, 3, 4), keepdim=True)
+    return Colours(low, high, low_mean, high_mean, contrast, axes, low_along, high_along)
+
+
+def rotate(images, axes):
+    """[B, n, C, H, W] -> their coordinates along axes [B, C, C]; no product that autocast would round."""
+    return (images[:, :, :, None] * axes[:, None, :, :, None, None]).sum(2)
+
+
+def clip(x, colours, margin=0.0):
+    """[B, n, C, H, W] -> the same, no colour beyond those of the support by more than a share of their
+    range: neither along their axes nor, in the end, in any channel."""
+    if colours.axes is not None:
+        room = margin * (colours.high_along - colours.low_along)
+        rotated = rotate(x, colours.axes).clamp(colours.low_along - room, colours.high_along + room)
+        x = rotate(rotated, colours.axes.mT)
+    room = margin * (colours.high - colours.low)
+    return x.clamp(colours.low - room, colours.high + room)
 
 
 def settle(x, colours):
-    """Samples [B, 1, C, H, W] -> the same, among the colours of their support; what is within 6 of 255
-    levels of the least or greatest value becomes it: a model leaves faint stains on paper and ink."""
-    low, high = colours.low, colours.high
-    x = x.clamp(low, high)
-    end = torch.where(x - low < high - x, low, high)        # the nearer one
-    return torch.where((x - end).abs() < 6 / 127.5, end, x)
+    """Samples in the colours of their support; what is within 6 of 255 levels of the least or greatest
+    value of a channel becomes it: a model leaves faint stains on paper and ink."""
+    x, faint = clip(x, colours), 6 / 127.5
+    end = torch.where(x - colours.low < colours.high - x, colours.low, colours.high)        # the nearer one
+    away = x - end
+    # without a jump: what is within 12 levels moves too, a little
+    away = torch.where(away.abs() < 2 * faint, 2 * F.softshrink(away, faint), away)
+    return end + away
 
 
 class FSDM(nn.Module):
@@ -662,8 +692,7 @@ class FSDM(nn.Module):
         x0 = self.prediction.to_x0(x, out, alpha, sigma)
         if targets == 2:
             x0 = guide(*x0.chunk(2, dim=1), guidance, colours)
-        margin = 0.025 * (colours.high - colours.low)
-        return x0.clamp(colours.low - margin, colours.high + margin)
+        return clip(x0, colours, margin=0.025)
 
 
 def guide(given, empty, guidance, colours):
