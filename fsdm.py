@@ -587,17 +587,16 @@ class Colours(NamedTuple):
 
 def colours_of(images):
     """Images [B, K, C, H, W] in [-1, 1] -> Colours."""
-    low, high = images.amin((1, 3, 4), keepdim=True), images.amax((1, 3, 4), keepdim=True)
+    def ends(x):                                            # [B, K, C, ...] -> two of [B, 1, C, 1, 1]
+        return x.amin((1, 3, 4), keepdim=True), x.amax((1, 3, 4), keepdim=True)
+
     means = images.mean((3, 4), keepdim=True)               # [B, K, C, 1, 1]
-    low_mean, high_mean = means.amin(1, keepdim=True), means.amax(1, keepdim=True)
     contrast = (images - means).std((2, 3, 4), keepdim=True).mean(1, keepdim=True)
 
     pixels = images.cpu().transpose(1, 2).flatten(2)        # [B, C, pixels]; few devices have this svd
     axes = torch.linalg.svd(pixels - pixels.mean(2, keepdim=True), full_matrices=False).U
     axes = axes.to(images.device)                           # [B, C, C]
-    rotated = rotate(images, axes)
-    low_along, high_along = rotated.amin((1, 3, 4), keepdim=True), rotated.amax((1, 3, 4), keepdim=True)
-    return Colours(low, high, low_mean, high_mean, contrast, axes, low_along, high_along)
+    return Colours(*ends(images), *ends(means), contrast, axes, *ends(rotate(images, axes)))
 
 
 def rotate(images, axes):
